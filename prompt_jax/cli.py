@@ -1,0 +1,210 @@
+"""The command line: `prompt-jax train | eval | infer | score`.
+
+Nothing heavy is imported before the arguments have been read, so that `--help`
+answers at once.
+"""
+
+import argparse
+from collections.abc import Sequence
+import logging
+import os
+import pathlib
+import sys
+import traceback
+
+_COMMANDS = {
+    'train': ('train.train', 'train, or go on where a run stopped'),
+    'eval': ('infer.evaluate', 'metrics of a split'),
+    'infer': ('infer.infer', 'decode the inputs of a split to a JSONL file'),
+    'score': ('infer.score', "log-likelihoods of a split's targets and labels"),
+}
+
+_EPILOG = """\
+Values come from gin files, found in the package or on disk, and from flags:
+  --gin.NAME=value      overrides one value, e.g. --gin.TRAIN_STEPS=1000
+
+A new run:
+  prompt-jax train --gin_file=models/t5_1_1_base.gin \\
+    --gin_file=methods/soft_prompt.gin --gin_file=runs/train.gin \\
+    --gin.TRAIN_STEPS=1000 --gin.INITIAL_CHECKPOINT_PATH=/path/to/checkpoint \\
+    --gin.VOCABULARY_PATH=/path/to/spiece.model --model_dir=/tmp/run \\
+    --train_data=train.jsonl --eval_data=dev.jsonl \\
+    --inputs='review: {sentence}' --targets='{label}' \\
+    --labels=negative,positive
+The directory of a run is enough for the others:
+  prompt-jax eval --model_dir=/tmp/run
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+      prog='prompt-jax',
+      description='Prompt tuning and its relatives on frozen T5 models.',
+      epilog=_EPILOG,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--version', action='store_true', help='print it')
+  commands = parser.add_subparsers(dest='command', metavar='command')
+  for name, (_, text) in _COMMANDS.items():
+    sub = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_arguments(sub)
+  return parser
+
+
+def _add_arguments(sub: argparse.ArgumentParser) -> None:
+  add = sub.add_argument
+  add('--gin_file', action='append', default=[], help='may be repeated')
+  add('--model_dir', help='directory of the run')
+  add('--dry_run', action='store_true', help='show all settings and stop')
+  add('--debug', action='store_true', help='show tracebacks and all logs')
+  data = sub.add_argument_group('your own data (JSONL, CSV or TSV)')
+  data.add_argument('--train_data', metavar='FILE')
+  data.add_argument('--eval_data', metavar='FILE')
+  data.add_argument('--inputs', help="template, e.g. 'review: {sentence}'")
+  data.add_argument('--targets', help="template, e.g. '{label}'")
+  data.add_argument('--labels', help='strings of a label, comma-separated')
+  data.add_argument(
+      '--skip_bad_rows', action='store_true', help='count them and go on'
+  )
+  trained = sub.add_argument_group('what to evaluate')
+  trained.add_argument('--trainable', metavar='FILE', help='*.safetensors')
+  trained.add_argument('--step', type=int, help='of a checkpoint of the run')
+  trained.add_argument('--output', metavar='FILE')
+  several = sub.add_argument_group('several processes')
+  several.add_argument('--coordinator_address', metavar='HOST:PORT')
+  several.add_argument('--num_processes', type=int)
+  several.add_argument('--process_id', type=int)
+
+
+def _bindings(args: argparse.Namespace, gin_flags: Sequence[str]) -> list[str]:
+  """The flags as gin bindings; later ones win."""
+
+  def path(name: str) -> str:
+    return name if '://' in name else str(pathlib.Path(name).absolute())
+
+  out = []
+  values = {
+      'MODEL_DIR': args.model_dir and path(args.model_dir),
+      'TRAIN_DATA': args.train_data and path(args.train_data),
+      'EVAL_DATA': args.eval_data and path(args.eval_data),
+      'INPUTS': args.inputs,
+      'TARGETS': args.targets,
+      'LABELS': args.labels and tuple(args.labels.split(',')),
+      'SKIP_BAD_ROWS': args.skip_bad_rows or None,
+      'TRAINABLE_PATH': args.trainable and path(args.trainable),
+      'CHECKPOINT_STEP': args.step,
+      'OUTPUT': args.output and path(args.output),
+  }
+  if args.train_data or args.eval_data:
+    values['MIXTURE_OR_TASK_NAME'] = 'user_data'
+  out += [f'{k}={v!r}' for k, v in values.items() if v is not None]
+  return out + [flag.removeprefix('--gin.') for flag in gin_flags]
+
+
+def _gin_files(args: argparse.Namespace) -> list[str]:
+  if args.gin_file:
+    return args.gin_file
+  if args.model_dir is None:
+    raise SystemExit(
+        'prompt-jax: give --gin_file=... (models/, methods/ and runs/ files), '
+        'or the --model_dir of a run that has been started.'
+    )
+  path = pathlib.Path(args.model_dir) / 'config.gin'
+  if not path.is_file():
+    raise SystemExit(
+        f'prompt-jax: no --gin_file, and {path} is not there: {args.model_dir} '
+        'is not the directory of a run.'
+    )
+  return [str(path.absolute())]
+
+
+class _Ours(logging.Filter):
+  """Lines of this package, and warnings of others."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    here = os.path.dirname(__file__)
+    return record.levelno >= logging.WARNING or record.pathname.startswith(here)
+
+
+def _set_up(debug: bool) -> None:
+  """Logs to stderr, a cache of compiled programs, a quiet TensorFlow."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  cache = os.path.join(os.path.expanduser('~'), '.cache', 'prompt_jax', 'jax')
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', cache)
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '1')
+  from absl import logging as absl_logging
+
+  absl_logging.set_verbosity(absl_logging.INFO)
+  handler = absl_logging.get_absl_handler()
+  handler.setFormatter(
+      logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
+  )
+  absl_logging.use_absl_handler()
+  if not debug:
+    handler.addFilter(_Ours())
+
+
+def _expected(error: BaseException) -> bool:
+  """Whether an error was raised here, for the reader, and not deep inside."""
+  if not isinstance(error, ValueError | OSError | FloatingPointError):
+    return False
+  frames = traceback.extract_tb(error.__traceback__)
+  here = os.path.dirname(os.path.abspath(__file__))
+  return bool(frames) and frames[-1].filename.startswith(here)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command; the exit status is 0, 1 for an error, 143 for SIGTERM."""
+  parser = _parser()
+  args, rest = parser.parse_known_args(argv)
+  if args.version:
+    import prompt_jax
+
+    print(prompt_jax.__version__)
+    return 0
+  if args.command is None:
+    parser.print_help()
+    return 2
+  gin_flags = [flag for flag in rest if flag.startswith('--gin.')]
+  unknown = [flag for flag in rest if flag not in gin_flags]
+  if unknown:
+    parser.error(f'unknown arguments: {" ".join(unknown)}')
+  files = _gin_files(args)
+  _set_up(args.debug)
+  try:
+    _run(args, files, _bindings(args, gin_flags))
+  except Exception as error:
+    if args.debug or not _expected(error):
+      raise
+    print(f'prompt-jax {args.command}: {error}', file=sys.stderr)
+    return 1
+  return 0
+
+
+def _run(
+    args: argparse.Namespace, files: Sequence[str], bindings: Sequence[str]
+) -> None:
+  from prompt_jax import partitioning
+
+  partitioning.initialize_distributed(
+      args.coordinator_address, args.num_processes, args.process_id
+  )
+  from prompt_jax import gin_utils
+
+  gin_utils.parse(files, bindings)
+  if args.dry_run:
+    from prompt_jax import dry_run
+
+    dry_run.show()
+    return
+  gin_utils.run(_COMMANDS[args.command][0])
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,308 @@
+"""Evaluation of a run's tasks: loss, decoded metrics, rank classification.
+
+Decoded predictions go through `seqio.Evaluator`, so that a task's own
+postprocessor and metrics count; the loss is teacher-forced; rank classification
+takes the label string with the highest log-likelihood.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+from absl import logging
+import jax
+import numpy as np
+import seqio
+
+from prompt_jax import datasets
+from prompt_jax import metrics
+from prompt_jax import models
+from prompt_jax import run as run_lib
+from prompt_jax import trainer
+
+TaskMetrics = dict[str, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """How to evaluate.
+
+  Attributes:
+    split: of the tasks.
+    batch_size: examples of one program call; the last batch is padded.
+    decode: whether to decode and compute the tasks' own metrics.
+    decode_fn: `models.greedy`, `decoding.temperature_sample` or
+      `decoding.beam_search`; the best of its decodes is the prediction.
+    num_decodes: sequences an example.
+    rank_labels: strings to choose from by log-likelihood; None takes those of
+      the task if it has a fixed set, () turns ranking off.
+    num_examples: the first that many of each task; None for all.
+    seed: of sampling.
+  """
+
+  split: str = 'validation'
+  batch_size: int = 32
+  decode: bool = True
+  decode_fn: Callable[..., tuple[Any, Any]] = models.greedy
+  num_decodes: int = 1
+  rank_labels: Sequence[str] | None = None
+  num_examples: int | None = None
+  seed: int = 0
+
+
+class Evaluation:
+  """The evaluation of one run; compiled and cached once, called often."""
+
+  def __init__(self, run: run_lib.Run, config: EvalConfig):
+    """Finds the tasks that have the split.
+
+    Raises:
+      ValueError: none has.
+    """
+    self.run, self.config = run, config
+    provider = datasets.find_task(run.mixture_or_task_name)
+    tasks = datasets.subtasks(provider)
+    self.tasks = [t for t in tasks if config.split in t.splits]
+    if not self.tasks:
+      splits = sorted({s for t in tasks for s in t.splits})
+      raise ValueError(
+          f'No task of {run.mixture_or_task_name!r} has a split '
+          f'{config.split!r}; there are {", ".join(splits)}.'
+      )
+    out = run.partitioner.replicated
+    model = run.model
+    self._loss = jax.jit(
+        functools.partial(trainer.eval_step, model=model), out_shardings=out
+    )
+    self._score = jax.jit(model.score_batch, out_shardings=out)
+    self._predict = jax.jit(
+        functools.partial(
+            model.predict_batch,
+            decode_fn=config.decode_fn,
+            num_decodes=config.num_decodes,
+        ),
+        out_shardings=out,
+    )
+
+  def __call__(self, trainable: Any, frozen: Any) -> TaskMetrics:
+    """Metrics of each task, {'sst2': {'accuracy': 93.1, 'loss': ...}}."""
+    out: TaskMetrics = {t.name: {} for t in self.tasks}
+    for task in self.tasks:
+      out[task.name] |= self._teacher_forced(task.name, trainable, frozen)
+    if self.config.decode and self._evaluator is not None:
+      future, _ = self._evaluator.evaluate(
+          compute_metrics=True,
+          predict_fn=lambda ds: self._predictions(ds, trainable, frozen),
+          score_fn=lambda ds: self._scores(ds, trainable, frozen),
+      )
+      for name, found in (future.result() or {}).items():
+        out[name] |= {k: float(_number(v)) for k, v in found.items()}
+    return out
+
+  @functools.cached_property
+  def _evaluator(self) -> seqio.Evaluator | None:
+    run, config = self.run, self.config
+    if not any(t.metric_objs for t in self.tasks):
+      logging.info('No task has metrics of its own; nothing is decoded.')
+      return None
+    return seqio.Evaluator(
+        run.mixture_or_task_name,
+        run.converter(),
+        config.split,
+        sequence_length=dict(run.task_feature_lengths),
+        num_examples=config.num_examples,
+        async_compute_metrics=False,
+    )
+
+  # ---- batches -------------------------------------------------------------
+
+  def batches(self, task: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of real rows, padded host batch) through the split in order."""
+    config = self.run.dataset_config(
+        split=self.config.split,
+        batch_size=self.config.batch_size,
+        shuffle=False,
+        num_epochs=1,
+    )
+    config = dataclasses.replace(config, mixture_or_task_name=task)
+    ds = datasets.get_dataset(config, self.run.converter(), False)
+    left = self.config.num_examples or float('inf')
+    for batch in datasets.TrainIterator(ds):
+      rows = int(min(left, len(next(iter(batch.values())))))
+      left -= rows
+      yield rows, _pad({k: x[:rows] for k, x in batch.items()}, config)
+      if left <= 0:
+        return
+
+  def _enumerated(self, ds: Any) -> Iterator[tuple[Any, int, dict[str, Any]]]:
+    for index, batch in ds.batch(self.config.batch_size).as_numpy_iterator():
+      yield index, len(index), _pad(batch, self.config)
+
+  # ---- model calls ---------------------------------------------------------
+
+  def _put(self, batch: dict[str, Any]) -> dict[str, Any]:
+    return self.run.partitioner.put_batch(batch)
+
+  def _teacher_forced(
+      self, task: str, trainable: Any, frozen: Any
+  ) -> dict[str, float]:
+    labels = self.labels(task)
+    totals: dict[str, float] = {}
+    ranked = []
+    for rows, batch in self.batches(task):
+      sums = jax.device_get(self._loss(trainable, frozen, self._put(batch)))
+      for name, value in sums.items():
+        totals[name] = totals.get(name, 0.0) + float(value)
+      if labels:
+        ranked.append(self.rank(batch, rows, labels, trainable, frozen))
+    tokens = max(totals['target_tokens'], 1.0)
+    out = {
+        'loss_per_token': (totals['loss'] - totals['z_loss']) / tokens,
+        'token_accuracy': 100 * totals['correct_tokens'] / tokens,
+    }
+    return out | _rank_metrics(ranked, len(labels))
+
+  def labels(self, task: str) -> list[str]:
+    """The strings that a task's answers are chosen from; [] if it is free."""
+    if self.config.rank_labels is not None:
+      return list(self.config.rank_labels)
+    if self.run.user_data is not None and self.run.user_data.given:
+      return list(self.run.user_data.labels or ())
+    from prompt_jax import tasks
+
+    return list(tasks.LABELS.get(task, ()))
+
+  def label_tokens(self, labels: Sequence[str]) -> np.ndarray:
+    """Ids of the labels with EOS, [C, U].
+
+    Raises:
+      ValueError: a label that is longer than the targets, or two labels that
+        are the same tokens.
+    """
+    vocabulary = self.run.model.vocabulary
+    length = self.run.task_feature_lengths['targets']
+    out = np.zeros((len(labels), length), np.int32)
+    for row, label in zip(out, labels, strict=True):
+      ids = [*vocabulary.encode(label), vocabulary.eos_id]
+      if len(ids) > length:
+        raise ValueError(
+            f'The label {label!r} has {len(ids)} tokens with EOS, more than '
+            f"TASK_FEATURE_LENGTHS['targets'] = {length}."
+        )
+      row[: len(ids)] = ids
+    if len(np.unique(out, axis=0)) < len(labels):
+      raise ValueError(f'Two of the labels {list(labels)} are the same tokens.')
+    return out
+
+  def rank(
+      self,
+      batch: dict[str, Any],
+      rows: int,
+      labels: Sequence[str],
+      trainable: Any,
+      frozen: Any,
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(scores [N, C], gold index [N] or -1, tokens of each label [C])."""
+    tokens = self.label_tokens(labels)
+    model = self.run.model
+    scores = []
+    gold = np.full(rows, -1)
+    for c, ids in enumerate(tokens):
+      other = model.with_targets(batch, ids)
+      same = np.all(
+          other['decoder_target_tokens'] == batch['decoder_target_tokens'],
+          axis=1,
+      )
+      gold[same[:rows]] = c
+      found = self._score(frozen, trainable, self._put(other))
+      scores.append(np.asarray(jax.device_get(found))[:rows])
+    return np.stack(scores, 1), gold, np.sum(tokens > 0, axis=1)
+
+  def _predictions(
+      self, ds: Any, trainable: Any, frozen: Any
+  ) -> list[tuple[int, np.ndarray]]:
+    out = []
+    for index, rows, batch in self._enumerated(ds):
+      ids, _ = self.predict(batch, trainable, frozen)
+      out += zip(map(int, index), ids[:rows, -1], strict=True)
+    return out
+
+  def predict(
+      self, batch: dict[str, Any], trainable: Any, frozen: Any
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Decoded ids [B, N, U] and scores [B, N] on the host; best last."""
+    sampling = getattr(self.config.decode_fn, 'keywords', {})
+    greedy = sampling.get('temperature') == 0.0
+    beams = 'rng' not in _parameters(self.config.decode_fn)
+    rng = jax.random.key(self.config.seed)
+    kwargs = {} if greedy or beams else {'rng': rng}
+    found = self._predict(frozen, trainable, self._put(batch), **kwargs)
+    ids, scores = jax.device_get(found)
+    return np.asarray(ids), np.asarray(scores)
+
+  def score(
+      self, batch: dict[str, Any], trainable: Any, frozen: Any
+  ) -> np.ndarray:
+    """Log-likelihood of each row's targets, [B], on the host."""
+    found = self._score(frozen, trainable, self._put(batch))
+    return np.asarray(jax.device_get(found))
+
+  def _scores(
+      self, ds: Any, trainable: Any, frozen: Any
+  ) -> list[tuple[int, float]]:
+    out = []
+    for index, rows, batch in self._enumerated(ds):
+      found = self.score(batch, trainable, frozen)[:rows]
+      out += zip(map(int, index), map(float, found), strict=True)
+    return out
+
+
+def _parameters(fn: Callable[..., Any]) -> Any:
+  import inspect
+
+  return inspect.signature(fn).parameters
+
+
+def _number(value: Any) -> Any:
+  return getattr(value, 'value', value)  # clu's scalars
+
+
+def _pad(batch: dict[str, Any], config: Any) -> dict[str, Any]:
+  """Adds rows of padding up to the batch size; they weigh nothing."""
+  missing = config.batch_size - len(next(iter(batch.values())))
+  if not missing:
+    return batch
+
+  def pad(x: np.ndarray) -> np.ndarray:
+    return np.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))
+
+  return {name: pad(x) for name, x in batch.items()}
+
+
+def _rank_metrics(ranked: list[Any], num_labels: int) -> dict[str, float]:
+  if not ranked:
+    return {}
+  scores = np.concatenate([r[0] for r in ranked])
+  gold = np.concatenate([r[1] for r in ranked])
+  if (gold < 0).any():
+    logging.warning(
+        '%d of %d targets are none of the %d labels; rank classification '
+        'counts them as wrong.',
+        int((gold < 0).sum()),
+        len(gold),
+        num_labels,
+    )
+  known = gold >= 0
+  share = float(np.mean(known))
+  if not known.any():
+    return {'rank_accuracy': 0.0, 'rank_accuracy_length_normalized': 0.0}
+  lengths = np.broadcast_to(ranked[0][2], scores.shape)[known]
+  plain = metrics.rank_classification_metric(scores[known], gold[known])
+  mean = metrics.rank_classification_metric(
+      scores[known], gold[known], lengths=lengths
+  )
+  return {
+      'rank_accuracy': plain['accuracy'] * share,
+      'rank_accuracy_length_normalized': mean['accuracy'] * share,
+  }

@@ -1,0 +1,276 @@
+"""From a task's tokens to a model's batch: soft tokens, packing, task ids.
+
+The converters are seqio's, so `seqio.Evaluator` takes them, with one thing
+added: the soft tokens are placed before anything is packed or padded, so every
+example has its own, and a packed row holds as many prompts as examples.
+
+Placement. `<soft:k>` in a text, SOFT_BASE + k in the tokens, becomes
+`soft_ids[task, k]`. An example without any gets all P of them in front of its
+inputs. Lengths are fixed: the encoder has `inputs` + P positions, the decoder
+`targets`; a decoder-only model has `inputs` + P + `targets`. Text is trimmed to
+`inputs` before soft tokens are put in front of it, so a prompt is never cut.
+Soft tokens that a template placed count as text, and fit: `trim_and_append_eos`
+trims the text around them.
+
+Not for tokenizing (the tasks do) nor batching (`datasets.py`).
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from prompt_jax.vocabularies import SOFT_BASE
+
+# A task's own number, for methods that keep one prompt a task. Rank 1 with one
+# element: seqio.Evaluator measures the first axis of every feature.
+TASK_IDS = 'task_ids'
+_TASK_IDS_SPEC = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=0)
+
+Example = dict[str, tf.Tensor]
+
+
+class _SoftTokens(seqio.FeatureConverter):
+  """What both converters do before and after seqio's conversion.
+
+  Attributes:
+    soft_ids: int32 [G, P], ids of the P soft tokens of each of G tasks.
+    vocab_size: rows of the embedding table; ids from here on are soft tokens.
+      Without soft tokens it may be left out, and text ids are not checked.
+    pack: whether several examples share a row.
+
+  Raises:
+    ValueError: `soft_ids` is not a matrix, or holds ids of text tokens.
+    tf.errors.InvalidArgumentError: while iterating, for an example with
+      `<soft:k>` and k >= P, a task id >= G, or a text id >= vocab_size.
+  """
+
+  def __init__(
+    self,
+    soft_ids: np.ndarray | None = None,
+    vocab_size: int = SOFT_BASE,
+    pack: bool = False,
+    **kwargs: Any,
+  ):
+    super().__init__(pack=pack, **kwargs)
+    if soft_ids is None:
+      soft_ids = np.zeros((1, 0), np.int32)
+    self.soft_ids = np.asarray(soft_ids, np.int32)
+    self.vocab_size = vocab_size
+    if self.soft_ids.ndim != 2 or not len(self.soft_ids):
+      raise ValueError(
+        'soft_ids must be [tasks, soft tokens] with at least one task; got '
+        f'shape {self.soft_ids.shape}.'
+      )
+    if self.soft_ids.size and self.soft_ids.min() < vocab_size:
+      raise ValueError(
+        f'soft_ids holds {self.soft_ids.min()}, but the ids below vocab_size '
+        f'{vocab_size} are text tokens.'
+      )
+
+  @property
+  def num_soft_tokens(self) -> int:
+    """P, the soft tokens of an example."""
+    return self.soft_ids.shape[1]
+
+  def __call__(
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    """Converts `ds`; see the module.
+
+    Args:
+      ds: examples with `inputs`, `targets`, and `task_ids` where the task has
+        them (a scalar, or one in a vector).
+      task_feature_lengths: lengths of `inputs` and `targets`.
+    """
+    lengths = {k: v for k, v in task_feature_lengths.items() if k != TASK_IDS}
+    if TASK_IDS not in ds.element_spec:
+      return super().__call__(ds, lengths)
+    ds = ds.map(_scalar_task_ids, num_parallel_calls=tf.data.AUTOTUNE)
+    if self.pack:
+      # Each task's id has done its work when its soft tokens are placed.
+      return super().__call__(ds, lengths)
+    # Whether a feature passes through is a property of seqio's converter, but
+    # whether there is one is a property of the dataset.
+    converter = copy.copy(self)
+    converter._passthrough_features = {
+      **self._passthrough_features, TASK_IDS: _TASK_IDS_SPEC
+    }  # fmt: skip
+    return super(_SoftTokens, converter).__call__(ds, {**lengths, TASK_IDS: 1})
+
+  def _convert_features(
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    ds = ds.map(self._place, num_parallel_calls=tf.data.AUTOTUNE)
+    return super()._convert_features(ds, self._with_prompt(task_feature_lengths))
+
+  def _pack_or_pad(
+    self, ds: tf.data.Dataset, packed_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    # seqio asks for a length of every feature, but a scalar has none to pad to.
+    lengths = {k: v for k, v in packed_lengths.items() if k != TASK_IDS}
+    return super()._pack_or_pad(ds, lengths)
+
+  def _convert_example(self, features: Mapping[str, tf.Tensor]) -> Example:
+    # Nothing predicts a soft token: it has no logit. The decoder still reads
+    # it, since its input was shifted from the unmasked targets.
+    example = dict(super()._convert_example(features))
+    soft = example['decoder_target_tokens'] >= self.vocab_size
+    for key in ('decoder_target_tokens', 'decoder_loss_weights'):
+      example[key] = tf.where(soft, 0, example[key])
+    return example
+
+  def get_model_feature_lengths(
+    self, task_feature_lengths: Mapping[str, int]
+  ) -> Mapping[str, int]:
+    """Lengths of the batch's features."""
+    return super().get_model_feature_lengths(
+      self._with_prompt(task_feature_lengths)
+    )
+
+  def _with_prompt(self, lengths: Mapping[str, int]) -> dict[str, int]:
+    return {**lengths, 'inputs': lengths['inputs'] + self.num_soft_tokens}
+
+  def _place(self, example: Example) -> Example:
+    """Puts the soft tokens of the example's task where they belong."""
+    tasks, length = self.soft_ids.shape
+    row = tf.constant(self.soft_ids[0])
+    if tasks > 1:
+      task = example.get(TASK_IDS, tf.constant(0))
+      _check(
+        (task >= 0) & (task < tasks),
+        f'there are {tasks} tasks (soft_ids has {tasks} rows), but an '
+        'example has task_ids ', task,
+      )  # fmt: skip
+      row = tf.constant(self.soft_ids)[tf.clip_by_value(task, 0, tasks - 1)]
+    inputs, targets = example['inputs'], example['targets']
+    placed = tf.reduce_any(inputs >= SOFT_BASE) | tf.reduce_any(
+      targets >= SOFT_BASE
+    )
+    prompt = row[: tf.where(placed, 0, length)]
+    inputs = tf.concat([prompt, self._resolve(inputs, row)], axis=0)
+    return {**example, 'inputs': inputs, 'targets': self._resolve(targets, row)}
+
+  def _resolve(self, tokens: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
+    """SOFT_BASE + k to `row[k]`; text ids as they are."""
+    length = self.num_soft_tokens
+    soft = tokens >= SOFT_BASE
+    # Empty tokens have a maximum too, the smallest int32.
+    largest = tf.reduce_max(tf.where(soft, tokens - SOFT_BASE, -1))
+    _check(
+      largest < length,
+      f'the method has {length} soft tokens, <soft:0> to '
+      f'<soft:{length - 1}>, but a text holds <soft:'
+      if length
+      else 'the method has no soft tokens, but a text holds <soft:',
+      largest,
+      '>',
+    )
+    largest = tf.reduce_max(tf.where(soft, 0, tokens))
+    _check(
+      largest < self.vocab_size,
+      f'the model embeds {self.vocab_size} ids, but a text holds id ',
+      largest,
+      ': is this the vocabulary that the model was trained with?',
+    )
+    # One more id, so that text has something to look up.
+    index = tf.where(soft, tf.minimum(tokens - SOFT_BASE, length), length)
+    return tf.where(soft, tf.gather(tf.pad(row, [[0, 1]]), index), tokens)
+
+
+class EncDecFeatureConverter(_SoftTokens, seqio.EncDecFeatureConverter):
+  """Batches of an encoder-decoder: see the module and `_SoftTokens`.
+
+  Gives encoder_input_tokens [T + P], decoder_input_tokens,
+  decoder_target_tokens and decoder_loss_weights [U], task_ids [] where the task
+  has them; packed, segment ids and positions instead of task_ids.
+  """
+
+
+class DecoderOnlyFeatureConverter(_SoftTokens, seqio.PrefixLMFeatureConverter):
+  """Batches of a decoder-only model: inputs, then targets, in one sequence.
+
+  The decoder_* features are [T + P + U]. `decoder_causal_attention` is 1 on the
+  inputs, soft tokens among them, and on the position that reads the last of
+  them (seqio's PrefixLM); the loss is on the targets.
+  """
+
+
+def add_task_id(index: int) -> Any:
+  """A preprocessor that gives every example of a task its number.
+
+  The task also needs the feature: `output_features(..., task_ids=True)`. Tasks
+  of one mixture must all have it.
+  """
+
+  def preprocessor(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    number = tf.constant([index], tf.int32)
+    return dataset.map(
+      lambda example: {**example, TASK_IDS: number},
+      num_parallel_calls=tf.data.AUTOTUNE,
+    )
+
+  return preprocessor
+
+
+def output_features(
+  vocabulary: seqio.Vocabulary, task_ids: bool = False
+) -> dict[str, seqio.Feature]:
+  """What our tasks give: inputs and targets with EOS, and perhaps task_ids."""
+  features = {
+    'inputs': seqio.Feature(vocabulary, add_eos=True, required=False),
+    'targets': seqio.Feature(vocabulary, add_eos=True),
+  }
+  if task_ids:
+    features[TASK_IDS] = seqio.Feature(
+      seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.int32
+    )
+  return features
+
+
+def trim_and_append_eos(
+  dataset: tf.data.Dataset,
+  output_features: Mapping[str, seqio.Feature],
+  sequence_length: Mapping[str, int] | None = None,
+) -> tf.data.Dataset:
+  """Trims the end of the text, never a soft token, and appends EOS.
+
+  A preprocessor, to stand last, in place of
+  `seqio.preprocessors.append_eos_after_trim`, from which it differs only for
+  texts that hold soft tokens.
+  """
+
+  def trim(tokens: tf.Tensor, length: int) -> tf.Tensor:
+    soft = tokens >= SOFT_BASE
+    room = length - tf.reduce_sum(tf.cast(soft, tf.int32))
+    return tokens[soft | (tf.cumsum(tf.cast(~soft, tf.int32)) <= room)]
+
+  def per_example(example: Example) -> Example:
+    for key, feature in output_features.items():
+      if not feature.add_eos or key not in example:
+        continue
+      tokens = example[key]
+      length = (sequence_length or {}).get(key)
+      if length is not None:
+        tokens = trim(tokens, length - 1)
+      eos = tf.constant([feature.vocabulary.eos_id], tokens.dtype)
+      example = {**example, key: tf.concat([tokens, eos], axis=0)}
+    return example
+
+  return dataset.map(per_example, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _scalar_task_ids(example: Example) -> Example:
+  number = tf.cast(tf.reshape(example[TASK_IDS], []), tf.int32)
+  return {**example, TASK_IDS: number}
+
+
+def _check(
+  condition: tf.Tensor, before: str, value: tf.Tensor, after: str = ''
+) -> None:
+  """Fails with a message that holds `value` where `condition` does not hold."""
+  message = tf.strings.join([before, tf.strings.as_string(value), after])
+  tf.debugging.Assert(condition, [message])

@@ -1,0 +1,1 @@
+"""Tuning methods: one module each, from what is learned to deltas."""

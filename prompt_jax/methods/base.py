@@ -1,0 +1,170 @@
+"""What every method is written against: Context, Site and Chain.
+
+A method is a linen module whose `__call__(context)` returns `deltas.Deltas`.
+It owns the trainable parameters and nothing else: it never subclasses, wraps
+or patches the network.  A method whose deltas hold `rows` says so by a property
+`soft_tokens`, (number of groups, rows of one group), from which the data side
+learns the ids of the soft tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+import re
+from typing import Any
+
+from flax import linen as nn
+from flax import struct
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_jax import deltas
+from prompt_jax.network.layers import T5Config
+
+
+@struct.dataclass
+class Site:
+  """A module of the frozen network that holds a kernel."""
+
+  path: str = struct.field(pytree_node=False)
+  shape: tuple[int, ...] = struct.field(pytree_node=False)  # ((L,) D, E)
+  axes: tuple[str | None, ...] = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Context:
+  """What a method may look at.
+
+  Attributes:
+    embedding: the network's token embedding, [V, D].
+    tokens: input ids of the batch, [B, T]; None while parameters are made.
+    task_ids: the task of each example, [B], if the data have tasks.
+    config: of the network.
+    sites: the network's projections.
+    modules: paths of all modules of the network.
+  """
+
+  embedding: Any
+  tokens: Any = None
+  task_ids: Any = None
+  config: Any = struct.field(pytree_node=False, default=None)
+  sites: tuple[Site, ...] = struct.field(pytree_node=False, default=())
+  modules: tuple[str, ...] = struct.field(pytree_node=False, default=())
+
+  @property
+  def embedder(self) -> str:
+    """Path of the token embedding, where `rows` are laid."""
+    return next(m for m in self.modules if m.endswith('token_embedder'))
+
+  def match(self, pattern: str) -> list[Site]:
+    """The sites whose whole path the pattern matches.
+
+    Raises:
+      ValueError: none; with the paths that come near.
+    """
+    found = [s for s in self.sites if re.fullmatch(pattern, s.path)]
+    if not found:
+      paths = [s.path for s in self.sites]
+      near = deltas.near_misses(pattern, paths)
+      raise ValueError(
+          f'No projection of the network matches {pattern!r}.'
+          f'{near or f" Paths look like {paths[0]!r}."}'
+      )
+    return found
+
+  def route(self, table: Any, layers: Sequence[int] = ()) -> deltas.Routed:
+    """A table [(L,) G, ...]: shared where G is 1, else by `task_ids`.
+
+    Raises:
+      ValueError: G > 1 and the batch has no `task_ids` (packed rows hold
+        several examples, so they have none).
+    """
+    groups = jax.tree.leaves(table)[0].shape[len(layers)]
+    if groups == 1:
+      return deltas.Routed(table)
+    if self.task_ids is None:
+      raise ValueError(
+          f'A method keeps {groups} tasks apart, but the batch has no '
+          '`task_ids` [B]. Give the tasks a `task_ids` feature, and do not '
+          'pack: a packed row holds examples of several tasks.'
+      )
+    group = jnp.broadcast_to(self.task_ids, (*layers, *self.task_ids.shape))
+    return deltas.Routed(table, group)
+
+
+class Chain(nn.Module):
+  """Several methods at once; their deltas combine.
+
+  Attributes:
+    methods: by name; the name is the first part of the parameters' paths.
+  """
+
+  methods: Mapping[str, nn.Module]
+
+  @nn.compact
+  def __call__(self, context: Context) -> deltas.Deltas:
+    """The combined deltas of all methods, in order."""
+    out: deltas.Deltas = {}
+    for method in self.methods.values():
+      out = deltas.combine(out, method(context))
+    return out
+
+
+def _soft_tables(method: Any) -> list[tuple[int, int]]:
+  if isinstance(method, Chain):
+    return [t for m in method.methods.values() for t in _soft_tables(m)]
+  table = getattr(method, 'soft_tokens', None)
+  return [table] if table else []
+
+
+def soft_ids(method: Any, vocab_size: int) -> np.ndarray:
+  """Ids of the soft tokens, [G, P]: row g are the P tokens of task g.
+
+  Row j of group g of a method's table has the id `V + g * P + j`; the tables
+  of several methods stand one behind the other, as their deltas combine.
+
+  Raises:
+    ValueError: two methods keep unequal numbers of tasks apart.
+  """
+  tables = _soft_tables(method)
+  groups = max((g for g, _ in tables), default=1)
+  columns, start = [], vocab_size
+  for g, length in tables:
+    if g not in (1, groups):
+      raise ValueError(
+          f'The methods of a chain keep {g} and {groups} tasks apart; the '
+          'numbers must be equal, or 1 for what all tasks share.'
+      )
+    ids = start + np.arange(g * length, dtype=np.int32).reshape(g, length)
+    columns.append(np.broadcast_to(ids, (groups, length)))
+    start += g * length
+  empty = np.zeros((groups, 0), np.int32)
+  return np.concatenate([empty, *columns], axis=1).astype(np.int32)
+
+
+def sites(boxed_params: Any) -> tuple[Site, ...]:
+  """The projections of a network, from its parameters with axis names."""
+  flat = traverse_util.flatten_dict(boxed_params, sep='/')
+  return tuple(
+      Site(path.removesuffix('/kernel'), box.value.shape, box.names)
+      for path, box in sorted(flat.items())
+      if path.endswith('/kernel')
+  )
+
+
+def modules(params: Any) -> tuple[str, ...]:
+  """Paths of all modules that hold parameters, themselves or deeper."""
+  flat = traverse_util.flatten_dict(params, sep='/')
+  parts = [path.split('/') for path in flat]
+  found = {'/'.join(p[:i]) for p in parts for i in range(1, len(p))}
+  return tuple(sorted(found))
+
+
+def context(config: T5Config, boxed_params: Any, embedding: Any) -> Context:
+  """A Context without a batch, for making a method's parameters."""
+  return Context(
+      embedding=embedding,
+      config=config,
+      sites=sites(boxed_params),
+      modules=modules(boxed_params),
+  )

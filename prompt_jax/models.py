@@ -1,0 +1,386 @@
+"""A network, a method laid on it, and the loss: all that a step needs.
+
+Both classes are immutable descriptions; parameters are arguments.  There are
+two trees: `frozen` (compute dtype; never differentiated, optimised or saved)
+and `trainable` = {'method': ..., 'network': ...} (float32).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_jax import decoding
+from prompt_jax import deltas
+from prompt_jax import losses
+from prompt_jax import train_state
+from prompt_jax.methods import base
+from prompt_jax.network import decoder_only
+from prompt_jax.network import t5
+from prompt_jax.network.layers import T5Config
+
+Batch = Mapping[str, Any]
+
+greedy = functools.partial(decoding.temperature_sample, temperature=0.0)
+
+_CROSS = 'encoder_decoder_attention/'
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderModel:
+  """A T5 with a method on it.
+
+  Attributes:
+    config: of the network.
+    vocabulary: a seqio vocabulary for inputs and targets.
+    method: a linen module returning deltas; None for the bare network.
+    trainable_patterns: whole-path patterns of the network's own parameters
+      that are trained too; ['.*'] is full fine-tuning.
+    z_loss: factor of log(Z)^2 in the loss of a token.
+    label_smoothing: probability taken from the target.
+    loss_normalizing_factor: None (the sum over tokens, as the reference), a
+      number, or a name of `losses.SpecialLossNormalizingFactor`.
+  """
+
+  config: T5Config
+  vocabulary: Any = None
+  method: nn.Module | None = None
+  trainable_patterns: Sequence[str] = ()
+  z_loss: float = 1e-4
+  label_smoothing: float = 0.0
+  loss_normalizing_factor: float | str | None = None
+
+  def __post_init__(self):
+    patterns = tuple(self.trainable_patterns)
+    object.__setattr__(self, 'trainable_patterns', patterns)
+
+  @functools.cached_property
+  def network(self) -> Any:
+    """The linen module, without dropout."""
+    return t5.T5(self.config)
+
+  @functools.cached_property
+  def soft_ids(self) -> np.ndarray:
+    """Ids of the method's soft tokens, int32 [G, P]."""
+    return base.soft_ids(self.method, self.config.vocab_size)
+
+  # ---- parameters ----------------------------------------------------------
+
+  def init_network(self, rng: Any) -> Any:
+    """The network's parameters, with axis names, drawn as T5X draws them."""
+    one = np.ones((1, 1), np.int32)
+    return self.network.init(rng, *self._dummy_inputs(one))['params']
+
+  def _dummy_inputs(self, one: np.ndarray) -> tuple[np.ndarray, ...]:
+    return one, one
+
+  @functools.cached_property
+  def abstract_network(self) -> Any:
+    """Shapes and axis names of the network's parameters."""
+    return jax.eval_shape(self.init_network, jax.random.PRNGKey(0))
+
+  def context(self, embedding: Any) -> base.Context:
+    """What the method sees of the network."""
+    return base.context(self.config, self.abstract_network, embedding)
+
+  def init_method(self, rng: Any, embedding: Any) -> Any:
+    """The method's parameters, with axis names; `{}` for a method of none."""
+    if self.method is None:
+      return {}
+    variables = self.method.init(rng, self.context(embedding))
+    return variables.get('params', {})
+
+  def split(self, params: Any) -> tuple[Any, Any]:
+    """(trainable, frozen) parameters of the network."""
+    return train_state.split(params, self.trainable_patterns)
+
+  def embedding(self, params: Any) -> Any:
+    """The token embedding [V, D] of the network's parameters."""
+    return params['token_embedder']['embedding']
+
+  # ---- forward -------------------------------------------------------------
+
+  def method_tokens(self, batch: Batch) -> Any:
+    """The ids that the method sees as the input."""
+    return batch['encoder_input_tokens']
+
+  def deltas(self, params: Any, trainable: Any, batch: Batch) -> deltas.Deltas:
+    """What the method lays on the network for this batch."""
+    if self.method is None:
+      return {}
+    context = self.context(self.embedding(params)).replace(
+        tokens=self.method_tokens(batch), task_ids=batch.get('task_ids')
+    )
+    return self.method.apply({'params': trainable['method']}, context)
+
+  def variables(
+      self, frozen: Any, trainable: Any, batch: Batch, beams: int = 1
+  ) -> dict[str, Any]:
+    """The network's collections: parameters and deltas."""
+    params = train_state.merge(frozen, trainable['network'])
+    found = self.deltas(params, trainable, batch)
+    deltas.check(found, base.modules(self.abstract_network))
+    if beams > 1:
+      found = deltas.repeat(found, beams)
+    return {'params': params, 'deltas': deltas.collection(found)}
+
+  def logits(
+      self, frozen: Any, trainable: Any, batch: Batch, rng: Any = None
+  ) -> Any:
+    """Logits [B, U, V]; with dropout if an rng is given."""
+    network = self.network.clone(deterministic=rng is None)
+    return network.apply(
+        self.variables(frozen, trainable, batch),
+        *self._network_inputs(batch),
+        rngs=None if rng is None else {'dropout': rng},
+    )
+
+  def _network_inputs(self, batch: Batch) -> tuple[Any, ...]:
+    return (
+        batch['encoder_input_tokens'],
+        batch['decoder_input_tokens'],
+        batch.get('encoder_segment_ids'),
+        batch.get('decoder_segment_ids'),
+    )
+
+  def loss_fn(
+      self,
+      frozen: Any,
+      trainable: Any,
+      batch: Batch,
+      rng: Any = None,
+      loss_normalizing_factor: Any = None,
+  ) -> tuple[Any, dict[str, Any]]:
+    """The training loss and sums over the batch for the metrics.
+
+    Args:
+      frozen: parameters that are not trained.
+      trainable: {'method': ..., 'network': ...}.
+      batch: T5X's features; `decoder_loss_weights` weigh the tokens.
+      rng: for dropout; None for none.
+      loss_normalizing_factor: what the sum over tokens is divided by; None
+        for 1. The step computes it for the whole batch, so that microbatches
+        add up to it.
+    """
+    logits = self.logits(frozen, trainable, batch, rng)
+    targets = batch['decoder_target_tokens']
+    weights = batch.get('decoder_loss_weights')
+    loss, z_loss, weight_sum = losses.compute_weighted_cross_entropy(
+        logits,
+        targets,
+        weights,
+        label_smoothing=self.label_smoothing,
+        z_loss=self.z_loss,
+        loss_normalizing_factor=loss_normalizing_factor,
+    )
+    counted = targets > 0 if weights is None else weights > 0
+    hits = (jnp.argmax(logits, axis=-1) == targets) & counted
+    sums = {
+        'loss': loss,
+        'z_loss': z_loss,
+        'weight_sum': weight_sum,
+        'correct_tokens': jnp.sum(hits, dtype=jnp.float32),
+        'target_tokens': jnp.sum(counted, dtype=jnp.float32),
+    }
+    return loss, sums
+
+  def score_batch(self, frozen: Any, trainable: Any, batch: Batch) -> Any:
+    """Log-likelihood of each example's targets, EOS included, [B].
+
+    Without z-loss and label smoothing: sum of log p(token).
+    """
+    logits = self.logits(frozen, trainable, batch)
+    token_loss, _ = losses.cross_entropy_with_logits(
+        logits, batch['decoder_target_tokens'], label_smoothing=0.0, z_loss=0.0
+    )
+    weights = batch['decoder_loss_weights']
+    return -jnp.sum(token_loss * weights.astype(token_loss.dtype), axis=-1)
+
+  def with_targets(self, batch: Batch, targets: np.ndarray) -> dict[str, Any]:
+    """The host batch with other targets [U] in every row, for ranking.
+
+    What the decoder reads by construction (see `_forced_tokens`) stays.
+    """
+    inputs = np.array(batch['decoder_input_tokens'])
+    given = self._given(batch)
+    ids = targets[targets > 0]
+    inputs[np.arange(inputs.shape[1]) >= given[:, None]] = 0
+    target = np.pad(inputs, ((0, 0), (0, 1)))[:, 1:]
+    weights = np.zeros_like(target)
+    for row, start in enumerate(given):
+      end = min(start - 1 + len(ids), target.shape[1])
+      target[row, start - 1 : end] = ids[: end - start + 1]
+      weights[row, start - 1 : end] = 1
+      inputs[row, start : end + 1] = ids[: inputs.shape[1] - start]
+    return {
+        **batch,
+        'decoder_target_tokens': target * (target < self.config.vocab_size),
+        'decoder_input_tokens': inputs,
+        'decoder_loss_weights': weights,
+    }
+
+  def _given(self, batch: Batch) -> np.ndarray:
+    """How many positions the decoder reads by construction, [B]."""
+    soft = np.asarray(batch['decoder_input_tokens']) >= self.config.vocab_size
+    soft[:, 0] = True  # the start token, 0
+    return np.sum(np.cumprod(soft, axis=1), axis=1)
+
+  # ---- decoding ------------------------------------------------------------
+
+  def predict_batch(
+      self,
+      frozen: Any,
+      trainable: Any,
+      batch: Batch,
+      *,
+      decode_fn: Callable[..., tuple[Any, Any]] = greedy,
+      num_decodes: int = 1,
+      **decode_kwargs: Any,
+  ) -> tuple[Any, Any]:
+    """Decoded ids [B, N, U] and their scores [B, N]; the best is last.
+
+    The batch needs the features of training; tokens that stand at the start of
+    its decoder by construction (soft tokens, a language model's inputs) are
+    forced, its targets are not looked at.
+
+    Args:
+      frozen: parameters that are not trained.
+      trainable: {'method': ..., 'network': ...}.
+      batch: T5X's features; U bounds the length.
+      decode_fn: `greedy`, `decoding.temperature_sample` or
+        `decoding.beam_search`.
+      num_decodes: N, sequences an example.
+      **decode_kwargs: of `decode_fn`; sampling needs `rng`.
+    """
+    forced = self._forced_tokens(batch)
+    network = self.network.clone(decode_length=forced.shape[1])
+    one = self.variables(frozen, trainable, batch)
+    cache, inputs = self._fill_cache(network, one, batch)
+    # Keys and values of the encoder are the same for all beams of an example,
+    # so they are no part of the cache that beam search gathers.
+    flat = train_state.flatten(cache)
+    shared = {k: v for k, v in flat.items() if _CROSS in k}
+    own = {k: v for k, v in flat.items() if _CROSS not in k}
+    axis = 1 if self.config.scan_layers else 0
+    many = self.variables(frozen, trainable, batch, beams=num_decodes)
+    shared = decoding.expand_cache(shared, num_decodes, axis)
+    inputs = decoding.expand_cache(inputs, num_decodes)
+
+    def step(ids, position, own):
+      cache = train_state.unflatten({**shared, **own})
+      logits, changed = network.apply(
+          {**many, 'cache': cache},
+          *inputs,
+          ids,
+          position,
+          method='decode_step',
+          mutable=['cache'],
+      )
+      changed = train_state.flatten(changed['cache'])
+      return logits[:, 0], {k: changed[k] for k in own}
+
+    return decode_fn(
+        forced,
+        own,
+        step,
+        num_decodes=num_decodes,
+        cache_batch_axis=axis,
+        **decode_kwargs,
+    )
+
+  def _fill_cache(
+      self, network: Any, variables: Any, batch: Batch
+  ) -> tuple[Any, tuple[Any, ...]]:
+    """The cache, and `decode_step`'s arguments that stay as they are."""
+    tokens = batch['encoder_input_tokens']
+    encoded = network.apply(variables, tokens, method='encode')
+    start = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+    # Makes the cache; the first step is done once more by the search.
+    _, made = network.apply(
+        variables,
+        encoded,
+        tokens,
+        start,
+        0,
+        method='decode_step',
+        mutable=['cache'],
+    )
+    return made['cache'], (encoded, tokens)
+
+  def _forced_tokens(self, batch: Batch) -> Any:
+    """What the decoder must read first, [B, U]; 0 where it is free."""
+    inputs = batch['decoder_input_tokens']
+    soft = inputs >= self.config.vocab_size
+    soft = soft.at[:, 0].set(True)  # the start token, 0
+    lead = jnp.cumprod(soft.astype(jnp.int32), axis=1)
+    return inputs * lead
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderOnlyModel(EncoderDecoderModel):
+  """A decoder-only language model with a method on it.
+
+  Shares everything with `EncoderDecoderModel` but the features that it reads.
+
+  Attributes:
+    inputs_bidirectional_attention: the inputs see each other in both
+      directions (a prefix language model); otherwise all is causal.
+  """
+
+  inputs_bidirectional_attention: bool = False
+
+  @functools.cached_property
+  def network(self) -> Any:
+    """The linen module, without dropout."""
+    return decoder_only.DecoderOnly(self.config)
+
+  def _dummy_inputs(self, one: np.ndarray) -> tuple[np.ndarray, ...]:
+    return (one,)
+
+  def embedding(self, params: Any) -> Any:
+    """The token embedding [V, D] of the network's parameters."""
+    return params['decoder']['token_embedder']['embedding']
+
+  def method_tokens(self, batch: Batch) -> Any:
+    """The ids that the method sees as the input."""
+    return batch['decoder_input_tokens']
+
+  def _network_inputs(self, batch: Batch) -> tuple[Any, ...]:
+    return (
+        batch['decoder_input_tokens'],
+        batch.get('decoder_segment_ids'),
+        self._causal_attention(batch),
+    )
+
+  def _fill_cache(
+      self, network: Any, variables: Any, batch: Batch
+  ) -> tuple[Any, tuple[Any, ...]]:
+    """Keys and values of the inputs, which see each other as in training."""
+    _, made = network.apply(
+        variables,
+        self._forced_tokens(batch),
+        self._causal_attention(batch),
+        method='prefill',
+        mutable=['cache'],
+    )
+    given = jnp.sum(batch['decoder_causal_attention'] > 0, axis=1)
+    return made['cache'], (given,)
+
+  def _given(self, batch: Batch) -> np.ndarray:
+    given = np.asarray(batch['decoder_causal_attention']) > 0
+    return np.sum(given, axis=1)
+
+  def _forced_tokens(self, batch: Batch) -> Any:
+    """The input part of the sequence, which the data side marks."""
+    given = batch['decoder_causal_attention'] > 0
+    return jnp.where(given, batch['decoder_input_tokens'], 0)
+
+  def _causal_attention(self, batch: Batch) -> Any:
+    if not self.inputs_bidirectional_attention:
+      return None
+    return batch.get('decoder_causal_attention')

@@ -1,0 +1,265 @@
+"""What training, evaluation, inference and scoring have in common.
+
+A `Run` is the resolved configuration: model, data, mesh, base checkpoint.
+`Run.load` places the frozen base on the devices; nothing here trains.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prompt_jax import checkpoints
+from prompt_jax import convert
+from prompt_jax import datasets
+from prompt_jax import feature_converters
+from prompt_jax import fingerprints
+from prompt_jax import models
+from prompt_jax import partitioning
+from prompt_jax import train_state
+from prompt_jax import trainer
+from prompt_jax import user_data as user_data_lib
+from prompt_jax import vocabularies
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """A base model on the devices.
+
+  Attributes:
+    frozen: parameters that are not trained, in the compute dtype.
+    network: parameters of the network that are trained, float32.
+    fingerprint: of the whole base.
+    step: of the checkpoint, 0 if it has none.
+  """
+
+  frozen: Any
+  network: Any
+  fingerprint: fingerprints.Fingerprint
+  step: int
+
+  @property
+  def params(self) -> Any:
+    """All parameters of the network."""
+    return train_state.merge(self.frozen, self.network)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A model on a mesh, its base checkpoint, and its data.
+
+  Attributes:
+    model: network and method.
+    mixture_or_task_name: a seqio Task or Mixture.
+    task_feature_lengths: tokens of 'inputs' and 'targets'; soft tokens in
+      front come on top.
+    initial_checkpoint_path: the base, a T5X or Hugging Face directory; None
+      draws a random base from the seed, which is for tests.
+    partitioner: mesh and rules.
+    user_data: the user's own files, if there are any.
+    seed: of everything that is drawn: base, method, dropout, order of data.
+  """
+
+  model: models.EncoderDecoderModel
+  mixture_or_task_name: str
+  task_feature_lengths: Mapping[str, int]
+  initial_checkpoint_path: str | None = None
+  partitioner: partitioning.Partitioner = partitioning.Partitioner()
+  user_data: user_data_lib.UserData | None = None
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ('inputs', 'targets'):
+      length = self.task_feature_lengths.get(name)
+      if not isinstance(length, int) or length < 1:
+        raise ValueError(
+            "TASK_FEATURE_LENGTHS must hold a length for 'inputs' and "
+            f"'targets', got {dict(self.task_feature_lengths)}."
+        )
+
+  # ---- data ----------------------------------------------------------------
+
+  def register_tasks(self) -> None:
+    """Makes the packaged tasks and the user's own known to seqio.
+
+    Raises:
+      ValueError: the vocabulary has more ids than the embedding has rows, or
+        there is no task of that name.
+    """
+    from prompt_jax import tasks
+
+    vocabulary = self.model.vocabulary
+    vocabularies.check_fits(vocabulary, self.model.config.vocab_size)
+    tasks.register(vocabulary)
+    if self.user_data is not None and self.user_data.given:
+      self.user_data.register(self.mixture_or_task_name, vocabulary)
+    datasets.find_task(self.mixture_or_task_name)
+
+  def converter(self, pack: bool = False) -> Any:
+    """From task features to model features, with the method's soft tokens."""
+    cls = feature_converters.EncDecFeatureConverter
+    if isinstance(self.model, models.DecoderOnlyModel):
+      cls = feature_converters.DecoderOnlyFeatureConverter
+    return cls(
+        soft_ids=self.model.soft_ids,
+        vocab_size=self.model.config.vocab_size,
+        pack=pack,
+    )
+
+  def dataset_config(self, **fields: Any) -> datasets.DatasetConfig:
+    """A DatasetConfig of this run's task, with these fields."""
+    return datasets.DatasetConfig(
+        mixture_or_task_name=self.mixture_or_task_name,
+        task_feature_lengths=self.task_feature_lengths,
+        seed=self.seed,
+        **fields,
+    )
+
+  @functools.cached_property
+  def task_names(self) -> list[str]:
+    """The tasks of the mixture, or the task itself."""
+    provider = datasets.find_task(self.mixture_or_task_name)
+    return [t.name for t in datasets.subtasks(provider)]
+
+  # ---- parameters ----------------------------------------------------------
+
+  @functools.cached_property
+  def network_shardings(self) -> dict[str, Any]:
+    """Where each parameter of the network lies, by path."""
+    boxed = self.model.abstract_network
+    return train_state.flatten(self.partitioner.shardings(boxed))
+
+  @functools.cached_property
+  def expected(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the network's parameters, by path."""
+    return train_state.flatten(
+        partitioning.unbox(self.model.abstract_network)
+    )
+
+  def load(self) -> Base:
+    """Reads or draws the base; each array is born sharded, and cast once.
+
+    Raises:
+      convert.CheckpointMismatch: names or shapes differ; all are listed.
+    """
+    tuned, _ = self.model.split(self.expected)
+    keep = set(train_state.flatten(tuned))
+    dtype = jnp.dtype(self.model.config.dtype)
+    arrays, step = self._read_base()
+    found, sums = {}, {}
+    for path in sorted(arrays):
+      x = arrays.pop(path)()
+      sums |= fingerprints.fingerprint({path: x})
+      found[path] = x if path in keep else x.astype(dtype)
+    network = {path: x for path, x in found.items() if path in keep}
+    frozen = {path: x for path, x in found.items() if path not in keep}
+    return Base(
+        frozen=train_state.unflatten(frozen),
+        network=train_state.unflatten(network),
+        fingerprint=dict(sorted(sums.items())),
+        step=step,
+    )
+
+  def _read_base(self) -> tuple[dict[str, Any], int]:
+    """A function for each array that puts it on the devices, and the step."""
+    put, shardings = self.partitioner.put, self.network_shardings
+    if self.initial_checkpoint_path is None:
+      logging.warning(
+          'INITIAL_CHECKPOINT_PATH is None: the frozen base is random, drawn '
+          'from seed %d. Its results mean nothing.',
+          self.seed,
+      )
+      init = jax.jit(
+          lambda rng: partitioning.unbox(self.model.init_network(rng)),
+          out_shardings=train_state.unflatten(shardings),
+      )
+      params = train_state.flatten(init(jax.random.PRNGKey(self.seed)))
+      return {path: (lambda x=x: x) for path, x in params.items()}, 0
+    checkpoint = convert.open_checkpoint(self.initial_checkpoint_path)
+    leaves = convert.fit(checkpoint, self.expected)
+
+    def reader(path: str, leaf: convert.Leaf) -> Any:
+      def read(index: Any) -> np.ndarray:
+        return np.asarray(leaf.read(index), np.float32)
+
+      return lambda: put(leaf.shape, shardings[path], read)
+
+    arrays = {path: reader(path, leaf) for path, leaf in leaves.items()}
+    return arrays, checkpoint.step or 0
+
+  # ---- train state ---------------------------------------------------------
+
+  def init_rng(self) -> Any:
+    """Key data from which the method and the run draw."""
+    return jax.random.fold_in(jax.random.PRNGKey(self.seed), 1)
+
+  def abstract_state(self, optimizer: Any, base: Base) -> Any:
+    """Shapes and shardings of the train state."""
+    init = functools.partial(
+        trainer.init_state, model=self.model, optimizer=optimizer
+    )
+    state = jax.eval_shape(init, self.init_rng(), base.params)
+    embedding = self.model.embedding(base.params)
+    method = jax.eval_shape(
+        self.model.init_method, self.init_rng(), embedding
+    )
+    tuned = {
+        path: self.network_shardings[path]
+        for path in train_state.flatten(base.network)
+    }
+    trainable = {
+        'method': self.partitioner.shardings(method),
+        'network': train_state.unflatten(tuned),
+    }
+    replicated = self.partitioner.replicated
+    shardings = train_state.TrainState(
+        step=replicated,
+        trainable=trainable,
+        opt_state=self.partitioner.like(trainable, state.opt_state),
+        rng=replicated,
+    )
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+        state,
+        shardings,
+    )
+
+  def init_state(self, optimizer: Any, base: Base, abstract: Any) -> Any:
+    """The state before the first step, on the devices."""
+    init = functools.partial(
+        trainer.init_state, model=self.model, optimizer=optimizer
+    )
+    shardings = jax.tree.map(lambda s: s.sharding, abstract)
+    return jax.jit(init, out_shardings=shardings)(self.init_rng(), base.params)
+
+  def load_trainable(self, path: str, base: Base) -> Any:
+    """The trained part from a `trainable.safetensors`, on every device.
+
+    Raises:
+      CheckpointError: names or shapes differ from this run's method.
+      fingerprints.BaseMismatch: it was trained on another base.
+    """
+    flat, header = checkpoints.load_trainable(path)
+    checkpoints.check_header(
+        header,
+        path,
+        base.fingerprint,
+        vocabularies.fingerprint(self.model.vocabulary),
+    )
+    embedding = self.model.embedding(base.params)
+    method = jax.eval_shape(self.model.init_method, self.init_rng(), embedding)
+    wanted = {'method': partitioning.unbox(method), 'network': base.network}
+    found = train_state.unflatten(flat)
+    found = {'method': {}, 'network': {}} | found
+    checkpoints.check_shapes(found, wanted, path)
+    return jax.tree.map(
+        lambda x: self.partitioner.put(
+            x.shape, self.partitioner.replicated, lambda i, x=x: x[i]
+        ),
+        found,
+    )

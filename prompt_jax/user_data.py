@@ -1,0 +1,478 @@
+"""A task from your own rows: JSON lines, CSV or TSV.
+
+    user_data.register(
+        'reviews', train_data='train.jsonl', eval_data='dev.csv',
+        inputs='review: {text} It was <soft:0> .', targets='{label}',
+        labels=('negative', 'positive'), vocabulary=vocabulary)
+
+registers a `seqio.Task` with splits `train` and `validation`. All rows are read
+and checked at once, and what is wrong names the file and the line. Not for
+files that do not fit into memory.
+"""
+
+import csv
+import dataclasses
+import difflib
+import io
+import json
+import pathlib
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import seqio
+import tensorflow as tf
+from absl import logging
+
+from prompt_jax import feature_converters
+
+Row = dict[str, Any]
+_DELIMITERS = {'.csv': ',', '.tsv': '\t'}
+_SUFFIXES = ('.jsonl', *_DELIMITERS)
+
+
+class UserDataError(ValueError):
+  """Something is wrong with a user's file, row or template."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UserTask:
+  """What `register` made.
+
+  Attributes:
+    name: the task's name in seqio's registry.
+    num_rows: rows used of each split.
+    num_skipped: bad rows left out of each split.
+    label_texts: the target text of each label, for rank classification.
+  """
+
+  name: str
+  num_rows: Mapping[str, int]
+  num_skipped: Mapping[str, int]
+  label_texts: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class UserData:
+  """The arguments of `register` as a configuration; see there.
+
+  Attributes:
+    train_data: file of split `train`, or None.
+    eval_data: file of split `validation`, or None.
+    inputs: template of the inputs.
+    targets: template of the targets.
+    labels: the classes of a classification.
+    skip_bad_rows: leave bad rows out, counted, instead of stopping.
+  """
+
+  train_data: str | None = None
+  eval_data: str | None = None
+  inputs: str | None = None
+  targets: str | None = None
+  labels: Sequence[str] | None = None
+  skip_bad_rows: bool = False
+
+  @property
+  def given(self) -> bool:
+    """Whether there are any files."""
+    return bool(self.train_data or self.eval_data)
+
+  def register(self, name: str, vocabulary: seqio.Vocabulary) -> UserTask:
+    """Registers the files as the task `name`.
+
+    Raises:
+      UserDataError: a template is missing, or as `register`.
+    """
+    if self.inputs is None or self.targets is None:
+      raise UserDataError(
+        "Data of your own need --inputs='...' and --targets='...', templates "
+        'with the names of columns in braces.'
+      )
+    return register(
+      name,
+      train_data=self.train_data,
+      eval_data=self.eval_data,
+      inputs=self.inputs,
+      targets=self.targets,
+      labels=self.labels,
+      vocabulary=vocabulary,
+      skip_bad_rows=self.skip_bad_rows,
+    )
+
+
+_registered: set[str] = set()
+
+
+def register(
+  name: str,
+  *,
+  train_data: str | pathlib.Path | None,
+  eval_data: str | pathlib.Path | None,
+  inputs: str,
+  targets: str,
+  labels: Sequence[str] | None = None,
+  vocabulary: seqio.Vocabulary,
+  skip_bad_rows: bool = False,
+  metric_fns: Sequence[Callable[..., Any]] | None = None,
+  task_id: int | None = None,
+) -> UserTask:
+  """Registers a task made of the rows of two files.
+
+  Args:
+    name: of the task; a task that `register` made before is replaced.
+    train_data: .jsonl, .csv or .tsv, UTF-8; CSV and TSV start with the names of
+      the columns, and TSV has no quotes. None: no split `train`.
+    eval_data: the same for split `validation`; None: no such split.
+    inputs: template, plain text with `{column}`; `{{` and `}}` are braces, and
+      `<soft:k>` is soft token k.
+    targets: template of the targets.
+    labels: the classes, if it is a classification. The one column of `targets`
+      then holds a label or, counted from 0, its number.
+    vocabulary: of inputs and targets.
+    skip_bad_rows: whether to leave bad rows out, counted and logged, instead of
+      stopping at the first.
+    metric_fns: seqio metrics; None: accuracy with labels, else exact match.
+    task_id: gives every example this `task_ids`, for methods with one prompt a
+      task.
+
+  Raises:
+    UserDataError: a file, template or row is wrong, or no good row is left.
+  """
+  if name in seqio.TaskRegistry.names() and name not in _registered:
+    raise UserDataError(
+      f'{name!r} is the name of a task that exists: choose another.'
+    )
+  render = _Renderer(inputs, targets, labels)
+  files = {'train': train_data, 'validation': eval_data}
+  examples, skipped = {}, {}
+  for split, path in files.items():
+    if path is not None:
+      examples[split], skipped[split] = _load(path, render, skip_bad_rows)
+
+  preprocessors = [seqio.preprocessors.tokenize]
+  if task_id is not None:
+    preprocessors.append(feature_converters.add_task_id(task_id))
+  preprocessors.append(feature_converters.trim_and_append_eos)
+  if metric_fns is None:
+    metric_fns = _default_metrics(labels)
+  seqio.TaskRegistry.remove(name)
+  seqio.TaskRegistry.add(
+    name,
+    source=RowsDataSource(examples),
+    preprocessors=preprocessors,
+    postprocess_fn=_stripped,
+    metric_fns=list(metric_fns),
+    output_features=feature_converters.output_features(
+      vocabulary, task_ids=task_id is not None
+    ),
+    shuffle_buffer_size=None,  # the source shuffles
+  )
+  _registered.add(name)
+  num_rows = {split: len(rows) for split, rows in examples.items()}
+  return UserTask(name, num_rows, skipped, render.label_texts)
+
+
+class RowsDataSource(seqio.FunctionDataSource):
+  """A seqio source of rows in memory: a new permutation every epoch.
+
+  Args:
+    rows: the rows of each split, dicts with equal keys.
+  """
+
+  def __init__(self, rows: Mapping[str, Sequence[Row]]):
+
+    def dataset(
+      split: str, shuffle_files: bool, seed: int | None = None
+    ) -> tf.data.Dataset:
+      columns = _columns(rows[split])
+      ds = tf.data.Dataset.from_tensor_slices(columns)
+      if shuffle_files:
+        ds = ds.shuffle(len(rows[split]), seed=seed)
+      return ds
+
+    sizes = {split: len(some) for split, some in rows.items()}
+    super().__init__(dataset, splits=list(rows), num_input_examples=sizes)
+
+  @property
+  def performs_internal_shuffling(self) -> bool:
+    """True: seqio need not shuffle through a buffer."""
+    return True
+
+  def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
+    """As seqio's, whose warning about poor shuffling is not about rows."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+      return super().get_dataset(*args, **kwargs)
+    finally:
+      logging.set_verbosity(level)
+
+
+def read_rows(path: str | pathlib.Path) -> Iterator[tuple[int, Row]]:
+  """The rows of a .jsonl, .csv or .tsv file, with their line numbers from 1.
+
+  Raises:
+    UserDataError: the file cannot be read, or its header is wrong.
+  """
+  for line, row in _rows(pathlib.Path(path)):
+    if isinstance(row, UserDataError):
+      raise row
+    yield line, row
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[int, Row | UserDataError]]:
+  """Rows, and for a bad row what is wrong with it, so that it can be skipped."""
+  if path.suffix not in _SUFFIXES:
+    raise UserDataError(
+      f'{path}: cannot tell the format from {path.suffix!r}; use one of '
+      f'{", ".join(_SUFFIXES)}.'
+    )
+  text = _text(path)
+  if path.suffix == '.jsonl':
+    yield from _json_rows(path, text)
+  else:
+    yield from _table_rows(path, text)
+
+
+def _text(path: pathlib.Path) -> str:
+  if not path.is_file():
+    near = difflib.get_close_matches(
+      path.name,
+      [other.name for other in path.parent.glob('*')] if path.parent.is_dir()
+      else [],
+    )  # fmt: skip
+    hint = f' Did you mean {" or ".join(near)}?' if near else ''
+    raise UserDataError(f'{path}: there is no such file.{hint}')
+  content = path.read_bytes()
+  try:
+    text = content.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    line = content.count(b'\n', 0, error.start) + 1
+    raise UserDataError(
+      f'{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02x}); '
+      'save the file as UTF-8.'
+    ) from error
+  if not text.strip():
+    raise UserDataError(f'{path}: the file is empty.')
+  return text
+
+
+def _json_rows(
+  path: pathlib.Path, text: str
+) -> Iterator[tuple[int, Row | UserDataError]]:
+  # Not splitlines: U+2028 may stand in a JSON string.
+  for line, content in enumerate(text.split('\n'), start=1):
+    if not content.strip():
+      continue
+    try:
+      row = json.loads(content)
+    except json.JSONDecodeError as error:
+      yield line, UserDataError(
+        f'{path}, line {line}: not JSON: {error.msg} at column {error.colno}.'
+      )
+      continue
+    if isinstance(row, dict):
+      yield line, row
+    else:
+      yield line, UserDataError(
+        f'{path}, line {line}: expected an object such as {{"text": "..."}}, '
+        f'got {content.strip()[:40]}'
+      )
+
+
+def _table_rows(
+  path: pathlib.Path, text: str
+) -> Iterator[tuple[int, Row | UserDataError]]:
+  delimiter = _DELIMITERS[path.suffix]
+  quoting = csv.QUOTE_MINIMAL if delimiter == ',' else csv.QUOTE_NONE
+  reader = csv.reader(
+    io.StringIO(text, newline=''),
+    delimiter=delimiter, quoting=quoting, strict=True,
+  )  # fmt: skip
+  header: list[str] = []
+  line = 1
+  while True:
+    try:
+      fields = next(reader)
+    except StopIteration:
+      return
+    except csv.Error as error:
+      # A quote that nobody closed swallows the rest: there is no next row.
+      raise UserDataError(
+        f'{path}, line {line}: {error}. Is a quote not closed?'
+      ) from error
+    start, line = line, reader.line_num + 1
+    if not fields:
+      continue
+    if not header:
+      header = _checked_header(path, fields)
+    elif len(fields) != len(header):
+      yield start, UserDataError(
+        f'{path}, line {start}: {len(fields)} columns, but the header has '
+        f'{len(header)}: {", ".join(header)}. Text with a '
+        + ('comma needs "quotes".' if delimiter == ',' else 'tab needs JSON.')
+      )
+    else:
+      yield start, dict(zip(header, fields, strict=True))
+
+
+def _checked_header(path: pathlib.Path, header: list[str]) -> list[str]:
+  twice = [name for name in header if header.count(name) > 1]
+  if twice or '' in header:
+    problem = f'{twice[0]!r} twice' if twice else 'a column without a name'
+    raise UserDataError(
+      f'{path}, line 1: the header has {problem}: {", ".join(header)}.'
+    )
+  return header
+
+
+class _Renderer:
+  """Turns a row into the texts of an example."""
+
+  def __init__(self, inputs: str, targets: str, labels: Sequence[str] | None):
+    self.templates = {'inputs': inputs, 'targets': targets}
+    self.fields = {key: _fields(t) for key, t in self.templates.items()}
+    self.labels = None if labels is None else tuple(labels)
+    self.label_texts: tuple[str, ...] = ()
+    if self.labels is None:
+      return
+    names = set(self.fields['targets'])
+    if len(names) != 1:
+      raise UserDataError(
+        'With labels the targets template has the one column that holds the '
+        f'label, as in "{{label}}"; got {targets!r}.'
+      )
+    if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
+      raise UserDataError(f'labels must be two or more, got {self.labels}.')
+    (self.label_field,) = names
+    self.label_texts = tuple(
+      targets.format(**{self.label_field: label}) for label in self.labels
+    )
+
+  def __call__(self, row: Row) -> Row:
+    """The example of a row; UserDataError without file and line if it is bad."""
+    example = {}
+    for key, template in self.templates.items():
+      values = {name: _value(row, name, template) for name in self.fields[key]}
+      if key == 'targets' and self.labels is not None:
+        field = self.label_field
+        values[field] = _label(row[field], self.labels, field)
+      # Columns may be called what no keyword can be: format_map takes any name.
+      example[key] = template.format_map(values)
+    return example
+
+
+def _fields(template: str) -> list[str]:
+  """The columns that a template names."""
+  try:
+    parts = list(string.Formatter().parse(template))
+  except ValueError as error:
+    raise UserDataError(
+      f'Template {template!r}: {error}. A brace itself is written {{{{ or }}}}.'
+    ) from error
+  fields = []
+  for _, field, spec, conversion in parts:
+    if field is None:
+      continue
+    if not field or spec or conversion or set(field) & set('.[]'):
+      raise UserDataError(
+        f'Template {template!r}: only plain columns such as {{text}} are '
+        f'filled in, not {{{field}{"!" + conversion if conversion else ""}'
+        f'{":" + spec if spec else ""}}}.'
+      )
+    fields.append(field)
+  return fields
+
+
+def _value(row: Row, name: str, template: str) -> str:
+  if name not in row:
+    near = difflib.get_close_matches(name, list(row))
+    hint = f' Did you mean {{{near[0]}}}?' if near else ''
+    raise UserDataError(
+      f'no column {name!r}, which template {template!r} needs.{hint} '
+      f'The columns: {", ".join(map(str, row)) or "none"}.'
+    )
+  value = row[name]
+  if isinstance(value, str | int | float):
+    return str(value)
+  raise UserDataError(
+    f'column {name!r} holds {json.dumps(value)[:40]}, expected text or a '
+    'number.'
+  )
+
+
+def _label(value: Any, labels: tuple[str, ...], field: str) -> str:
+  """The label that a column names, by its text or else by its number."""
+  text = str(value)
+  if text in labels:
+    return text
+  listed = ', '.join(f'{i} = {label!r}' for i, label in enumerate(labels))
+  try:
+    index = int(value) if isinstance(value, bool) else int(text)
+  except ValueError:
+    near = difflib.get_close_matches(text, labels)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise UserDataError(
+      f'column {field!r} holds {text!r}, which is no label.{hint} '
+      f'The labels: {listed}.'
+    ) from None
+  if not 0 <= index < len(labels):
+    raise UserDataError(
+      f'column {field!r} holds label number {index}, but they are: {listed}.'
+    )
+  return labels[index]
+
+
+def _load(
+  path: str | pathlib.Path, render: _Renderer, skip_bad_rows: bool
+) -> tuple[list[Row], int]:
+  """The examples of a file, and how many bad rows were left out."""
+  path = pathlib.Path(path)
+  examples, skipped = [], 0
+  first: UserDataError | None = None
+  for line, row in _rows(path):
+    try:
+      if isinstance(row, UserDataError):
+        raise row
+      try:
+        examples.append({**render(row), 'line': line})
+      except UserDataError as error:
+        raise UserDataError(f'{path}, line {line}: {error}') from None
+    except UserDataError as error:
+      if not skip_bad_rows:
+        raise
+      first = first or error
+      skipped += 1
+      logging.warning('Skipped: %s', error)
+  if not examples:
+    reason = f' The first of {skipped} bad rows: {first}' if first else ''
+    raise UserDataError(f'{path}: no rows.{reason}')
+  if skipped:
+    logging.warning(
+      '%s: skipped %d bad rows of %d.', path, skipped, skipped + len(examples)
+    )
+  return examples, skipped
+
+
+def _columns(rows: Sequence[Row]) -> Any:
+  """Rows to one tensor a column, ragged where the rows hold lists."""
+  columns = {}
+  for key, value in rows[0].items():
+    values = [row[key] for row in rows]
+    if isinstance(value, dict):
+      columns[key] = _columns(values)
+    elif isinstance(value, list):
+      columns[key] = tf.ragged.constant(values, ragged_rank=1)
+    else:
+      columns[key] = tf.constant(values)
+  return columns
+
+
+def _default_metrics(labels: Sequence[str] | None) -> list[Callable[..., Any]]:
+  from prompt_jax import metrics
+
+  return [metrics.exact_match if labels is None else metrics.accuracy]
+
+
+def _stripped(text: str, **unused: Any) -> str:
+  return text.strip()

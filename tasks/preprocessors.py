@@ -1,0 +1,144 @@
+"""Rows of GLUE and SuperGLUE to T5's texts.
+
+Each function takes a row and gives `inputs` and `targets`, and what the metrics
+need besides. `name` stands first, as in "sst2 sentence: ..."; '' leaves it out
+(the taskless tasks). A test row without a label has target "<unk>".
+
+Not for tokenizing.
+
+Source: Raffel et al. 2020, arXiv 1910.10683, appendix D, and
+google-research/text-to-text-transfer-transformer `t5/data/preprocessors.py`,
+whose order of the fields these texts have where the two differ.
+"""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+Row = dict[str, tf.Tensor]
+NO_LABEL = '<unk>'
+
+
+def classification(
+  row: Row, *, name: str, fields: Sequence[str], labels: Sequence[str]
+) -> Row:
+  """'name field: text field: text ...' to the name of the label."""
+  return {
+    'inputs': _fields_text(row, name, fields),
+    'targets': _label_text(row['label'], labels),
+    'idx': row['idx'],
+  }
+
+
+def stsb(row: Row, *, name: str) -> Row:
+  """Similarity 0 to 5 as text, rounded to the nearest multiple of 0.2."""
+  rounded = tf.round(row['label'] * 5) / 5
+  return {
+    'inputs': _fields_text(row, name, ('sentence1', 'sentence2')),
+    # A test row has similarity -1.
+    'targets': tf.where(
+      row['label'] < 0, NO_LABEL, tf.strings.as_string(rounded, precision=1)
+    ),
+    'idx': row['idx'],
+  }
+
+
+def rename_sentences(row: Row) -> Row:
+  """The diagnostic set's sentence1 and sentence2 as RTE's fields."""
+  renamed = {'sentence1': 'premise', 'sentence2': 'hypothesis'}
+  return {renamed.get(key, key): value for key, value in row.items()}
+
+
+def multirc(row: Row, *, name: str, labels: Sequence[str]) -> Row:
+  """One candidate answer; HTML in the paragraph goes."""
+  text = _fields_text(row, name, ('question', 'answer', 'paragraph'))
+  text = tf.strings.regex_replace(text, '<br>', ' ')
+  return {
+    'inputs': tf.strings.regex_replace(text, '</?b>', ''),
+    'targets': _label_text(row['label'], labels),
+    'idx/paragraph': row['idx']['paragraph'],
+    'idx/question': row['idx']['question'],
+    'idx/answer': row['idx']['answer'],
+  }
+
+
+def wsc(row: Row, *, name: str) -> Row:
+  """'wsc: text with *pronoun* marked' to the candidate referent.
+
+  The target is the candidate whether it is right or not, so that training uses
+  only rows where it is; see `is_right_referent`. Punctuation that sticks to the
+  pronoun is set off. One row of the set counts a word too few: there the next
+  word is the pronoun.
+  """
+  words = tf.strings.split(row['text'], ' ')
+  pronoun = row['span2_text']
+  index = row['span2_index']
+  after = tf.minimum(index + 1, tf.size(words) - 1)
+  holds = _starts_with(words[index], pronoun)
+  index = tf.where(holds, index, after)
+  word = words[index]
+  tf.debugging.Assert(
+    _starts_with(word, pronoun),
+    ['WSC: the pronoun is not at span2_index of the text: ', row['text']],
+  )
+  rest = tf.strings.substr(word, tf.strings.length(pronoun), -1)
+  rest = tf.where(tf.strings.length(rest) > 0, ' ' + rest, '')
+  marked = tf.strings.join(['*', pronoun, '*', rest])
+  words = tf.concat([words[:index], marked[None], words[index + 1 :]], axis=0)
+  text = tf.strings.reduce_join(words, separator=' ')
+  return {
+    'inputs': tf.strings.join([f'{name}: ', text]) if name else text,
+    'targets': row['span1_text'],
+    'label': row['label'],
+    'idx': row['idx'],
+  }
+
+
+def is_right_referent(row: Row) -> tf.Tensor:
+  """Whether WSC's candidate is what the pronoun means."""
+  return tf.equal(row['label'], 1)
+
+
+def record(dataset: tf.data.Dataset, *, name: str) -> tf.data.Dataset:
+  """One example per accepted answer; all of them in `answers`."""
+
+  def texts(row: Row) -> Row:
+    passage = row['passage']
+    # Highlights are sentences: one that lacks its full stop gets it.
+    passage = tf.strings.regex_replace(
+      passage, r'(\.|\?|\!|\"|\')\n@highlight\n', r'\1 '
+    )
+    passage = tf.strings.regex_replace(passage, r'\n@highlight\n', '. ')
+    entities = tf.strings.reduce_join(row['entities'], separator=', ')
+    cleaned = {'query': row['query'], 'entities': entities, 'passage': passage}
+    return {
+      'inputs': _fields_text(cleaned, name, ('query', 'entities', 'passage')),
+      'answers': row['answers'],
+      'idx/passage': row['idx']['passage'],
+      'idx/query': row['idx']['query'],
+    }
+
+  def one_per_answer(example: Row) -> tf.data.Dataset:
+    answers = example['answers']
+    answers = tf.cond(tf.size(answers) > 0, lambda: answers, lambda: [NO_LABEL])
+    return tf.data.Dataset.from_tensor_slices(answers).map(
+      lambda answer: {**example, 'targets': answer}
+    )
+
+  return dataset.map(texts, tf.data.AUTOTUNE).flat_map(one_per_answer)
+
+
+def _fields_text(row: Row, name: str, fields: Sequence[str]) -> tf.Tensor:
+  parts = [name] if name else []
+  for field in fields:
+    parts += [f'{field}:', row[field]]
+  return tf.strings.join(parts, separator=' ')
+
+
+def _label_text(label: tf.Tensor, labels: Sequence[str]) -> tf.Tensor:
+  # Test rows have label -1, which is the last entry.
+  return tf.gather(tf.constant([*labels, NO_LABEL]), label % (len(labels) + 1))
+
+
+def _starts_with(text: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+  return tf.strings.substr(text, 0, tf.strings.length(start)) == start

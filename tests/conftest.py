@@ -1,0 +1,65 @@
+"""What every test shares: JAX set up for the CPU, and paths to data.
+
+Everything above the fixtures runs before any test module imports JAX. The
+checks are stricter than a run's: jaxtyping's
+annotations verified at run time, and warnings as errors (pyproject.toml).
+"""
+
+import os
+import pathlib
+
+# Tests are about numbers, not speed: one platform, quiet TensorFlow.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
+
+import jax
+import jaxtyping
+import pytest
+
+# Eight devices so that a 2x4 mesh can be compared with one device.
+jax.config.update('jax_num_cpu_devices', 8)
+
+# Shapes and dtypes in signatures are checked in the modules where a wrong one
+# would broadcast without a word. The rest of the network is left out: its
+# callers may hand it numpy's arrays, which `Array` does not name.
+CHECKED = (
+  'prompt_jax.decoding',
+  'prompt_jax.deltas',
+  'prompt_jax.losses',
+  'prompt_jax.network.attention',
+)
+jaxtyping.install_import_hook(CHECKED, 'beartype.beartype')
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Keeps compiled programs between runs: the second run is a quick one."""
+  if config.cache is None:
+    return
+  cache = config.cache.mkdir('jax')
+  jax.config.update('jax_compilation_cache_dir', str(cache))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+@pytest.fixture(scope='session')
+def testdata() -> pathlib.Path:
+  """The small files that are kept with the tests."""
+  return ROOT / 'tests' / 'testdata'
+
+
+@pytest.fixture(scope='session')
+def shared() -> pathlib.Path:
+  """Reference data too large to keep here; skips the test where it is absent.
+
+  The folder is the one that PROMPT_JAX_SHARED names, else `shared` beside the
+  checkout.
+  """
+  default = ROOT.parent / 'shared'
+  path = pathlib.Path(os.environ.get('PROMPT_JAX_SHARED', default))
+  if not path.is_dir():
+    pytest.skip(
+      f'no reference data at {path}: set PROMPT_JAX_SHARED to its folder'
+    )
+  return path
