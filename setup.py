@@ -51,7 +51,10 @@ setuptools.setup(
   package_data={'prompt_jax.gin_configs': ['**/*.gin']},
   python_requires='>=3.11',
   entry_points={'console_scripts': ['prompt-jax = prompt_jax.cli:main']},
-  # The versions that the tests run with lie inside these ranges.
+  # The versions that the tests run with lie inside these ranges. Imported too,
+  # and never missing: what jax (numpy, scipy), seqio (TensorFlow, its datasets
+  # and text ops, sentencepiece), orbax (tensorstore, absl) and sacrebleu
+  # (tabulate) bring along.
   install_requires=[
     'jax>=0.10,<0.11',
     'flax>=0.12,<0.13',
@@ -59,12 +62,12 @@ setuptools.setup(
     'orbax-checkpoint>=0.12,<0.13',
     'jaxtyping>=0.3,<0.4',
     'gin-config>=0.5,<0.6',
-    'seqio>=0.0.20,<0.1',  # brings TensorFlow, its datasets and its text ops
+    'seqio>=0.0.20,<0.1',
     'safetensors>=0.8,<0.9',
     'sacrebleu>=2.6,<3',
     'rouge-score>=0.1.2,<0.2',
     'scikit-learn>=1.9,<2',
-    'scipy>=1.17,<2',
+    'matplotlib>=3.10,<4',
     'tensorboardX>=2.6,<3',
     'tqdm>=4.67,<5',
   ],
@@ -74,9 +77,9 @@ setuptools.setup(
       'pytest==9.2.0',
       'pytest-xdist==3.8.0',
       'ruff==0.17.5',
-      'pyright==1.1.414',
+      'pyright[nodejs]==1.1.414',  # node from the package index
       'beartype==0.23.1',  # jaxtyping's run-time check; not typeguard 4
-      'transformers==5.14.1',  # parity tests against another T5
+      'transformers==5.23.0',  # parity tests against another T5
       'torch==2.13.0',
     ],
     'gpu': ['jax[cuda13]>=0.10,<0.11'],

@@ -125,11 +125,11 @@ def _gin_files(args: argparse.Namespace) -> list[str]:
 
 
 class _Ours(logging.Filter):
-  """Lines of this package, and warnings of others."""
+  """Lines of this package, and errors of others."""
 
   def filter(self, record: logging.LogRecord) -> bool:
     here = os.path.dirname(__file__)
-    return record.levelno >= logging.WARNING or record.pathname.startswith(here)
+    return record.levelno >= logging.ERROR or record.pathname.startswith(here)
 
 
 def _set_up(debug: bool) -> None:

@@ -13,20 +13,18 @@ Not for tasks themselves (`prompt_jax.tasks`, `user_data.py`) nor for putting
 batches on devices.
 """
 
+from collections.abc import Iterator, Mapping
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Mapping
 from typing import Any
 
+from absl import logging
 import numpy as np
 import seqio
 import tensorflow as tf
-from absl import logging
 
 Batch = dict[str, np.ndarray]
-# seqio caches tasks of fewer examples; the cached order would be every epoch's.
-_NO_CACHE = {'try_in_mem_cache': False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +92,8 @@ def get_dataset(
       shuffle=config.shuffle,
       seed=config.seed,
       num_epochs=config.num_epochs,
-      **_NO_CACHE,
+      # A cache before the shuffling would give every epoch the same order.
+      try_in_mem_cache=False,
     ),
     config.task_feature_lengths,
   )
@@ -141,7 +140,7 @@ class TrainIterator:
     self.position = start
     # tf.data itself skips by index where it can.
     rest = source.skip(start) if start else source
-    self._iterator = rest.as_numpy_iterator()
+    self._iterator: Iterator[Any] = iter(rest.as_numpy_iterator())
 
   def __iter__(self) -> Iterator[Batch]:
     return self
@@ -267,7 +266,7 @@ def length_report(
       f'Its features: {", ".join(provider.output_features)}.'
     )
   ds = provider.get_dataset(
-    None, split=split, shuffle=False, num_epochs=1, **_NO_CACHE
+    None, split=split, shuffle=False, num_epochs=1, try_in_mem_cache=False
   )
   # One more than the limit tells whether there were more.
   counts = ds.take(limit + 1).map(
@@ -308,7 +307,7 @@ def _check_not_empty(
     shuffle=False,
     seed=config.seed,
     num_epochs=config.num_epochs or 1,
-    **_NO_CACHE,
+    try_in_mem_cache=False,
   )
   if full and config.pack:
     ds = converter(ds, config.task_feature_lengths)

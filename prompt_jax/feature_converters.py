@@ -15,8 +15,8 @@ trims the text around them.
 Not for tokenizing (the tasks do) nor batching (`datasets.py`).
 """
 
-import copy
 from collections.abc import Mapping
+import copy
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,8 @@ class _SoftTokens(seqio.FeatureConverter):
       task_feature_lengths: lengths of `inputs` and `targets`.
     """
     lengths = {k: v for k, v in task_feature_lengths.items() if k != TASK_IDS}
-    if TASK_IDS not in ds.element_spec:
+    spec: Any = ds.element_spec
+    if TASK_IDS not in spec:
       return super().__call__(ds, lengths)
     ds = ds.map(_scalar_task_ids, num_parallel_calls=tf.data.AUTOTUNE)
     if self.pack:
@@ -105,7 +106,8 @@ class _SoftTokens(seqio.FeatureConverter):
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
     ds = ds.map(self._place, num_parallel_calls=tf.data.AUTOTUNE)
-    return super()._convert_features(ds, self._with_prompt(task_feature_lengths))
+    base: Any = super()  # one of seqio's converters
+    return base._convert_features(ds, self._with_prompt(task_feature_lengths))
 
   def _pack_or_pad(
     self, ds: tf.data.Dataset, packed_lengths: Mapping[str, int]
@@ -117,7 +119,8 @@ class _SoftTokens(seqio.FeatureConverter):
   def _convert_example(self, features: Mapping[str, tf.Tensor]) -> Example:
     # Nothing predicts a soft token: it has no logit. The decoder still reads
     # it, since its input was shifted from the unmasked targets.
-    example = dict(super()._convert_example(features))
+    base: Any = super()
+    example = dict(base._convert_example(features))
     soft = example['decoder_target_tokens'] >= self.vocab_size
     for key in ('decoder_target_tokens', 'decoder_loss_weights'):
       example[key] = tf.where(soft, 0, example[key])
@@ -127,7 +130,8 @@ class _SoftTokens(seqio.FeatureConverter):
     self, task_feature_lengths: Mapping[str, int]
   ) -> Mapping[str, int]:
     """Lengths of the batch's features."""
-    return super().get_model_feature_lengths(
+    base: Any = super()
+    return base.get_model_feature_lengths(
       self._with_prompt(task_feature_lengths)
     )
 
@@ -218,7 +222,7 @@ def add_task_id(index: int) -> Any:
 
 def output_features(
   vocabulary: seqio.Vocabulary, task_ids: bool = False
-) -> dict[str, seqio.Feature]:
+) -> dict[str, Any]:
   """What our tasks give: inputs and targets with EOS, and perhaps task_ids."""
   features = {
     'inputs': seqio.Feature(vocabulary, add_eos=True, required=False),
@@ -233,7 +237,7 @@ def output_features(
 
 def trim_and_append_eos(
   dataset: tf.data.Dataset,
-  output_features: Mapping[str, seqio.Feature],
+  output_features: Mapping[str, Any],
   sequence_length: Mapping[str, int] | None = None,
 ) -> tf.data.Dataset:
   """Trims the end of the text, never a soft token, and appends EOS.
@@ -245,8 +249,9 @@ def trim_and_append_eos(
 
   def trim(tokens: tf.Tensor, length: int) -> tf.Tensor:
     soft = tokens >= SOFT_BASE
+    text = tf.cast(tf.logical_not(soft), tf.int32)
     room = length - tf.reduce_sum(tf.cast(soft, tf.int32))
-    return tokens[soft | (tf.cumsum(tf.cast(~soft, tf.int32)) <= room)]
+    return tokens[soft | (tf.cumsum(text) <= room)]
 
   def per_example(example: Example) -> Example:
     for key, feature in output_features.items():

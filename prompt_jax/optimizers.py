@@ -4,9 +4,8 @@ For: the update of the trainable tree. Every optimizer here is an
 `optax.GradientTransformationExtraArgs` that is told its learning rate at each
 step, `update(grads, state, params, learning_rate=lr)`, so that the trainer can
 compute the rate from a schedule, report it, and scale it per run under
-`jax.vmap`. The schedules of `prompt_jax.schedules` can be had from here too.
-Not for: choosing what is trained. A tree holds what is trained and nothing
-else, so there are no masks here.
+`jax.vmap`. Not for: the schedules (`prompt_jax.schedules`), or choosing what is
+trained. A tree holds what is trained and nothing else, so there are no masks.
 """
 
 import dataclasses
@@ -18,20 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 import optax
 
-from prompt_jax.schedules import Schedule
-from prompt_jax.schedules import constant
-from prompt_jax.schedules import create_learning_rate_scheduler
 from prompt_jax.schedules import require
-
-__all__ = [
-  'AdafactorState',
-  'Schedule',
-  'adafactor',
-  'adamw',
-  'constant',
-  'create_learning_rate_scheduler',
-  'sgd',
-]
 
 
 class AdafactorState(NamedTuple):

@@ -250,5 +250,13 @@ def _names(path: Any) -> tuple[str, ...]:
 
 
 def unbox(tree: Any) -> Any:
-  """Parameters without their axis names."""
-  return nn.meta.unbox(tree)
+  """Parameters without their axis names.
+
+  Unlike `nn.meta.unbox` it puts no constraint on them, so that it takes shapes
+  too.
+  """
+  return jax.tree.map(
+    lambda x: x.value if isinstance(x, nn.Partitioned) else x,
+    tree,
+    is_leaf=lambda x: isinstance(x, nn.Partitioned),
+  )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from prompt_jax import losses
+from prompt_jax import partitioning
 from prompt_jax.models import EncoderDecoderModel
 from prompt_jax.train_state import TrainState
 
@@ -129,12 +130,7 @@ def init_state(
   network, _ = model.split(params)
   init_rng, run_rng = jax.random.split(rng)
   method = model.init_method(init_rng, model.embedding(params))
-  unboxed = jax.tree.map(
-      lambda x: getattr(x, 'value', x),
-      method,
-      is_leaf=lambda x: hasattr(x, 'names'),
-  )
-  trainable = {'method': unboxed, 'network': network}
+  trainable = {'method': partitioning.unbox(method), 'network': network}
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       trainable=trainable,

@@ -10,29 +10,22 @@ and checked at once, and what is wrong names the file and the line. Not for
 files that do not fit into memory.
 """
 
-import csv
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import difflib
-import io
 import json
 import pathlib
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+from absl import logging
 import seqio
 import tensorflow as tf
-from absl import logging
 
 from prompt_jax import feature_converters
-
-Row = dict[str, Any]
-_DELIMITERS = {'.csv': ',', '.tsv': '\t'}
-_SUFFIXES = ('.jsonl', *_DELIMITERS)
-
-
-class UserDataError(ValueError):
-  """Something is wrong with a user's file, row or template."""
+from prompt_jax import row_files
+from prompt_jax.row_files import Row
+from prompt_jax.row_files import UserDataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +142,7 @@ def register(
     if path is not None:
       examples[split], skipped[split] = _load(path, render, skip_bad_rows)
 
-  preprocessors = [seqio.preprocessors.tokenize]
+  preprocessors: list[Any] = [seqio.preprocessors.tokenize]
   if task_id is not None:
     preprocessors.append(feature_converters.add_task_id(task_id))
   preprocessors.append(feature_converters.trim_and_append_eos)
@@ -158,7 +151,7 @@ def register(
   seqio.TaskRegistry.remove(name)
   seqio.TaskRegistry.add(
     name,
-    source=RowsDataSource(examples),
+    source=cast(Any, RowsDataSource(examples)),
     preprocessors=preprocessors,
     postprocess_fn=_stripped,
     metric_fns=list(metric_fns),
@@ -208,124 +201,6 @@ class RowsDataSource(seqio.FunctionDataSource):
       logging.set_verbosity(level)
 
 
-def read_rows(path: str | pathlib.Path) -> Iterator[tuple[int, Row]]:
-  """The rows of a .jsonl, .csv or .tsv file, with their line numbers from 1.
-
-  Raises:
-    UserDataError: the file cannot be read, or its header is wrong.
-  """
-  for line, row in _rows(pathlib.Path(path)):
-    if isinstance(row, UserDataError):
-      raise row
-    yield line, row
-
-
-def _rows(path: pathlib.Path) -> Iterator[tuple[int, Row | UserDataError]]:
-  """Rows, and for a bad row what is wrong with it, so that it can be skipped."""
-  if path.suffix not in _SUFFIXES:
-    raise UserDataError(
-      f'{path}: cannot tell the format from {path.suffix!r}; use one of '
-      f'{", ".join(_SUFFIXES)}.'
-    )
-  text = _text(path)
-  if path.suffix == '.jsonl':
-    yield from _json_rows(path, text)
-  else:
-    yield from _table_rows(path, text)
-
-
-def _text(path: pathlib.Path) -> str:
-  if not path.is_file():
-    near = difflib.get_close_matches(
-      path.name,
-      [other.name for other in path.parent.glob('*')] if path.parent.is_dir()
-      else [],
-    )  # fmt: skip
-    hint = f' Did you mean {" or ".join(near)}?' if near else ''
-    raise UserDataError(f'{path}: there is no such file.{hint}')
-  content = path.read_bytes()
-  try:
-    text = content.decode('utf-8-sig')
-  except UnicodeDecodeError as error:
-    line = content.count(b'\n', 0, error.start) + 1
-    raise UserDataError(
-      f'{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02x}); '
-      'save the file as UTF-8.'
-    ) from error
-  if not text.strip():
-    raise UserDataError(f'{path}: the file is empty.')
-  return text
-
-
-def _json_rows(
-  path: pathlib.Path, text: str
-) -> Iterator[tuple[int, Row | UserDataError]]:
-  # Not splitlines: U+2028 may stand in a JSON string.
-  for line, content in enumerate(text.split('\n'), start=1):
-    if not content.strip():
-      continue
-    try:
-      row = json.loads(content)
-    except json.JSONDecodeError as error:
-      yield line, UserDataError(
-        f'{path}, line {line}: not JSON: {error.msg} at column {error.colno}.'
-      )
-      continue
-    if isinstance(row, dict):
-      yield line, row
-    else:
-      yield line, UserDataError(
-        f'{path}, line {line}: expected an object such as {{"text": "..."}}, '
-        f'got {content.strip()[:40]}'
-      )
-
-
-def _table_rows(
-  path: pathlib.Path, text: str
-) -> Iterator[tuple[int, Row | UserDataError]]:
-  delimiter = _DELIMITERS[path.suffix]
-  quoting = csv.QUOTE_MINIMAL if delimiter == ',' else csv.QUOTE_NONE
-  reader = csv.reader(
-    io.StringIO(text, newline=''),
-    delimiter=delimiter, quoting=quoting, strict=True,
-  )  # fmt: skip
-  header: list[str] = []
-  line = 1
-  while True:
-    try:
-      fields = next(reader)
-    except StopIteration:
-      return
-    except csv.Error as error:
-      # A quote that nobody closed swallows the rest: there is no next row.
-      raise UserDataError(
-        f'{path}, line {line}: {error}. Is a quote not closed?'
-      ) from error
-    start, line = line, reader.line_num + 1
-    if not fields:
-      continue
-    if not header:
-      header = _checked_header(path, fields)
-    elif len(fields) != len(header):
-      yield start, UserDataError(
-        f'{path}, line {start}: {len(fields)} columns, but the header has '
-        f'{len(header)}: {", ".join(header)}. Text with a '
-        + ('comma needs "quotes".' if delimiter == ',' else 'tab needs JSON.')
-      )
-    else:
-      yield start, dict(zip(header, fields, strict=True))
-
-
-def _checked_header(path: pathlib.Path, header: list[str]) -> list[str]:
-  twice = [name for name in header if header.count(name) > 1]
-  if twice or '' in header:
-    problem = f'{twice[0]!r} twice' if twice else 'a column without a name'
-    raise UserDataError(
-      f'{path}, line 1: the header has {problem}: {", ".join(header)}.'
-    )
-  return header
-
-
 class _Renderer:
   """Turns a row into the texts of an example."""
 
@@ -350,7 +225,7 @@ class _Renderer:
     )
 
   def __call__(self, row: Row) -> Row:
-    """The example of a row; UserDataError without file and line if it is bad."""
+    """The example of a row; if it is bad, an error without file and line."""
     example = {}
     for key, template in self.templates.items():
       values = {name: _value(row, name, template) for name in self.fields[key]}
@@ -430,7 +305,7 @@ def _load(
   path = pathlib.Path(path)
   examples, skipped = [], 0
   first: UserDataError | None = None
-  for line, row in _rows(path):
+  for line, row in row_files.rows_and_errors(path):
     try:
       if isinstance(row, UserDataError):
         raise row

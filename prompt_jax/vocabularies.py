@@ -6,16 +6,16 @@ addresses is decided in `feature_converters.py`, so a vocabulary knows nothing
 of models. Not for training vocabularies.
 """
 
+from collections.abc import Iterable, Sequence
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
 from typing import Any
 
+from absl import logging
 import numpy as np
+from sentencepiece import sentencepiece_model_pb2
 import seqio
 import tensorflow as tf
-from absl import logging
-from sentencepiece import sentencepiece_model_pb2
 
 # Above every embedding table, and small enough that SOFT_BASE + k is an int32.
 SOFT_BASE = 1 << 24
@@ -52,17 +52,21 @@ class SoftTokenVocabulary(seqio.Vocabulary):
       raise ValueError('The vocabulary reads soft tokens already.')
     super().__init__(extra_ids=inner.extra_ids)
     self.inner = inner
+    self._traced: Any = None
 
   @property
   def bos_id(self) -> int | None:
+    """The id that begins a text, or None."""
     return self.inner.bos_id
 
   @property
   def eos_id(self) -> int | None:
+    """The id that ends a text."""
     return self.inner.eos_id
 
   @property
   def unk_id(self) -> int | None:
+    """The id that stands for what has no id."""
     return self.inner.unk_id
 
   @property
@@ -76,6 +80,9 @@ class SoftTokenVocabulary(seqio.Vocabulary):
 
   def __eq__(self, other: Any) -> bool:
     return isinstance(other, SoftTokenVocabulary) and self.inner == other.inner
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {**self.__dict__, '_traced': None}
 
   def __hash__(self) -> int:
     return hash((type(self.inner).__name__, self.inner.vocab_size))
@@ -98,8 +105,14 @@ class SoftTokenVocabulary(seqio.Vocabulary):
     return ids
 
   def _encode_tf(self, s: tf.Tensor) -> Any:
+    # Every feature of every task encodes: traced once, pipelines start in half
+    # the time.
+    if self._traced is None:
+      self._traced = tf.function(self._interleave, autograph=False)
+    return self._traced(tf.convert_to_tensor(s))
+
+  def _interleave(self, s: tf.Tensor) -> Any:
     """Ids of a text, or a ragged [N, length] of N texts."""
-    s = tf.convert_to_tensor(s)
     marked = tf.strings.regex_replace(s, _SOFT, rf'{_SEPARATOR}\1{_SEPARATOR}')
     parts = tf.strings.split(marked, _SEPARATOR)
     # Numbers are the odd parts of their text.
@@ -126,7 +139,8 @@ class SoftTokenVocabulary(seqio.Vocabulary):
       return ids
     ends = tf.cumsum(lengths + tf.cast(odd, lengths.dtype))
     splits = tf.gather(tf.pad(ends, [[1, 0]]), parts.row_splits)
-    return tf.RaggedTensor.from_row_splits(ids, splits, validate=False)
+    ragged: Any = tf.RaggedTensor
+    return ragged.from_row_splits(ids, splits, validate=False)
 
   def _encode_many(self, texts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Inner ids of N texts, one after another, and the N lengths."""
@@ -199,7 +213,8 @@ def sentencepiece(path: str, extra_ids: int = 100) -> SoftTokenVocabulary:
       f'{path!r} is a folder; a SentencePiece model is one file, such as '
       'spiece.model.'
     )
-  model = sentencepiece_model_pb2.ModelProto()
+  protos: Any = sentencepiece_model_pb2
+  model = protos.ModelProto()
   content = _read(path)
   try:
     model.ParseFromString(content)

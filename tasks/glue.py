@@ -7,15 +7,17 @@ on both of its validation sets. Rows come from TFDS, which downloads them.
 Source: Wang et al. 2019, arXiv 1804.07461; formats as in `preprocessors.py`.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import seqio
 
-from prompt_jax import feature_converters, metrics
+from prompt_jax import feature_converters
+from prompt_jax import metrics
 
-from . import postprocessors, preprocessors
+from . import postprocessors
+from . import preprocessors
 
 _ENTAILMENT = ('entailment', 'not_entailment')
 _NLI = ('entailment', 'neutral', 'contradiction')
@@ -132,7 +134,9 @@ def add_task(
   seqio.TaskRegistry.remove(name)
   seqio.TaskRegistry.add(
     name,
-    source=seqio.TfdsDataSource(tfds_name=tfds_name, splits=list(splits)),
+    source=cast(
+      Any, seqio.TfdsDataSource(tfds_name=tfds_name, splits=list(splits))
+    ),
     preprocessors=[
       *texts,
       seqio.preprocessors.tokenize,

@@ -23,7 +23,8 @@ class LabelId:
   def __init__(self, labels: Sequence[str]):
     self.labels = tuple(labels)
 
-  def __call__(self, text: str, **unused: Any) -> int:
+  def __call__(self, text: str, **unused: Any) -> Any:
+    """The label's number."""
     return self.labels.index(text) if text in self.labels else -1
 
 
@@ -41,6 +42,7 @@ class MultiRCAnswer(LabelId):
   def __call__(
     self, text: str, example: Any = None, is_target: bool = False, **unused: Any
   ) -> Any:
+    """The label's number in a dict."""
     answer = {'value': super().__call__(text)}
     if is_target:
       keys = ('idx/paragraph', 'idx/question')

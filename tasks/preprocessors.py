@@ -12,10 +12,11 @@ whose order of the fields these texts have where the two differ.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
-Row = dict[str, tf.Tensor]
+Row = dict[str, Any]
 NO_LABEL = '<unk>'
 
 
@@ -119,9 +120,10 @@ def record(dataset: tf.data.Dataset, *, name: str) -> tf.data.Dataset:
     }
 
   def one_per_answer(example: Row) -> tf.data.Dataset:
-    answers = example['answers']
-    answers = tf.cond(tf.size(answers) > 0, lambda: answers, lambda: [NO_LABEL])
-    return tf.data.Dataset.from_tensor_slices(answers).map(
+    # Test rows have no answers, but one example as well.
+    size = tf.maximum(tf.size(example['answers']), 1)
+    targets = tf.concat([example['answers'], [NO_LABEL]], axis=0)[:size]
+    return tf.data.Dataset.from_tensor_slices(targets).map(
       lambda answer: {**example, 'targets': answer}
     )
 
@@ -137,7 +139,8 @@ def _fields_text(row: Row, name: str, fields: Sequence[str]) -> tf.Tensor:
 
 def _label_text(label: tf.Tensor, labels: Sequence[str]) -> tf.Tensor:
   # Test rows have label -1, which is the last entry.
-  return tf.gather(tf.constant([*labels, NO_LABEL]), label % (len(labels) + 1))
+  index = tf.math.floormod(label, len(labels) + 1)
+  return tf.gather(tf.constant([*labels, NO_LABEL]), index)
 
 
 def _starts_with(text: tf.Tensor, start: tf.Tensor) -> tf.Tensor:

@@ -8,15 +8,17 @@ and `super_glue_wsc_eval`. Rows come from TFDS, which downloads them.
 Source: Wang et al. 2019, arXiv 1905.00537; formats as in `preprocessors.py`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import seqio
 
 from prompt_jax import metrics
 
-from . import glue, postprocessors, preprocessors
+from . import glue
+from . import postprocessors
+from . import preprocessors
 from .glue import Spec
 
 _BOOLEAN = ('False', 'True')
@@ -122,9 +124,7 @@ def _texts(name: str, spec: Spec, prefix: str) -> list[Callable[..., Any]]:
   if name == 'record':
     return [functools.partial(preprocessors.record, name=prefix)]
   if name == 'multirc':
-    return [
-      glue.mapped(preprocessors.multirc, name=prefix, labels=spec.labels)
-    ]
+    return [glue.mapped(preprocessors.multirc, name=prefix, labels=spec.labels)]
   text = glue.mapped(
     preprocessors.classification,
     name=prefix, fields=spec.fields, labels=spec.labels,

@@ -1,8 +1,8 @@
 """What every test shares: JAX set up for the CPU, and paths to data.
 
 Everything above the fixtures runs before any test module imports JAX. The
-checks are stricter than a run's: jaxtyping's
-annotations verified at run time, and warnings as errors (pyproject.toml).
+checks are stricter than a run's: jaxtyping's annotations are verified, and
+warnings are errors (pyproject.toml).
 """
 
 import os
@@ -21,11 +21,10 @@ import pytest
 jax.config.update('jax_num_cpu_devices', 8)
 
 # Shapes and dtypes in signatures are checked in the modules where a wrong one
-# would broadcast without a word. The rest of the network is left out: its
-# callers may hand it numpy's arrays, which `Array` does not name.
+# would broadcast without a word. The network and its hooks are left out: their
+# callers may hand them numpy's arrays, which `Array` does not name.
 CHECKED = (
   'prompt_jax.decoding',
-  'prompt_jax.deltas',
   'prompt_jax.losses',
   'prompt_jax.network.attention',
 )

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from prompt_jax import models
@@ -109,6 +110,11 @@ def with_prompt(batch: dict[str, Any], model: Any) -> dict[str, Any]:
 def prompted(prompt: Any) -> dict[str, Any]:
   """Trainable parameters that are one prompt."""
   return {'method': {'prompt': np.asarray(prompt)}, 'network': {}}
+
+
+def as_jax(tree: Any) -> Any:
+  """Arrays as a jitted function sees them; the tests check their types."""
+  return jax.tree.map(jnp.asarray, tree)
 
 
 NOTHING: dict[str, Any] = {'method': {}, 'network': {}}

@@ -6,15 +6,16 @@ import jax
 import numpy as np
 import pytest
 
+from prompt_jax import gin_rules
 from prompt_jax import gin_utils
 
-FILES = gin_utils.packaged_files()
+FILES = gin_rules.packaged_files()
 MODELS = [f for f in FILES if re.fullmatch(r'models/[^/]+\.gin', f)]
 
 # What each kind of file is given with.
 COMPANIONS = {
   'models': [],
-  'methods': ['models/tiny.gin'],
+  'methods': ['models/tiny.gin', 'runs/train.gin'],
   'runs': ['models/tiny.gin', 'methods/soft_prompt.gin'],
 }
 # What files may leave open for others, or for the command line.
@@ -31,6 +32,8 @@ OPEN = {
   'OPTIMIZER': 'None',
   'TASK_FEATURE_LENGTHS': '{"inputs": 8, "targets": 4}',
   'TRAIN_STEPS': '1',
+  'TRAINABLE_PATTERNS': '()',
+  'VOCABULARY': 'None',
   'VOCABULARY_PATH': '/nowhere',
 }
 
@@ -82,14 +85,16 @@ def model(file):
 
 
 @pytest.mark.parametrize('file', FILES)
-def test_parses_with_its_companions(file):
-  companions = COMPANIONS[file.split('/')[0]]
-  parse([*companions, file] if file not in companions else companions)
-  assert gin_utils.resolved()
+def test_parses_with_its_companions_in_any_order(file):
+  files = list(dict.fromkeys([*COMPANIONS[file.split('/')[0]], file]))
+  parse(files)
+  forth = gin_utils.resolved()
+  parse(files[::-1])
+  assert gin_utils.resolved() == forth != []
 
 
 def test_every_macro_that_is_bound_is_used():
-  texts = [(gin_utils.packaged() / f).read_text() for f in FILES]
+  texts = [(gin_rules.packaged() / f).read_text() for f in FILES]
   text = '\n'.join(texts)
   bound = set(re.findall(r'^([A-Z_]+) *=', text, re.MULTILINE))
   used = set(re.findall(r'%([A-Z_]+)', text)) | {'MODEL'}  # MODEL is built
@@ -104,9 +109,7 @@ def closed_formula(c):
   mlp = (len(c.mlp_activations) + 1) * d * c.mlp_dim
   attentions = 2 if c.num_encoder_layers else 1
   encoder = c.num_encoder_layers * (4 * d * inner + mlp + 2 * d)
-  decoder = c.num_decoder_layers * (
-    attentions * (4 * d * inner + d) + mlp + d
-  )
+  decoder = c.num_decoder_layers * (attentions * (4 * d * inner + d) + mlp + d)
   stacks = 2 if c.num_encoder_layers else 1
   tables = c.vocab_size * d * (1 if c.logits_via_embedding else 2)
   return tables + encoder + decoder + stacks * (d + table)
@@ -116,9 +119,9 @@ def closed_formula(c):
 def test_number_of_parameters(file):
   """The file's header, the closed formula and the network agree."""
   made = model(file)
-  shapes = jax.tree.leaves(made.abstract_network())
+  shapes = jax.tree.leaves(made.abstract_network)
   total = sum(int(np.prod(leaf.shape)) for leaf in shapes)
-  text = (gin_utils.packaged() / file).read_text()
+  text = (gin_rules.packaged() / file).read_text()
   stated = re.search(r'^# Parameters: ([\d,]+)\.$', text, re.MULTILINE)
   assert stated, f'{file} does not state its number of parameters'
   assert total == int(stated[1].replace(',', ''))

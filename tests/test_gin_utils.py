@@ -161,6 +161,14 @@ def test_packaged_files_are_found_from_anywhere(write):
   assert '--gin.DROPOUT_RATE=' in text and 'architectures/' in text
 
 
+def test_a_packaged_file_includes_packaged_files(write, tmp_path):
+  # The working directory's own file of that name is somebody else's.
+  (tmp_path / 'runs').mkdir()
+  (tmp_path / 'runs' / 'common.gin').write_text('this is no gin')
+  write(mine='')
+  assert 'TRAIN_STEPS' in message(['runs/train.gin'])
+
+
 def test_unbound_macros_name_where_they_are_used(write):
   files = write(model=MODEL, run=RUN)
   text = message(files)
@@ -180,12 +188,12 @@ def test_macros_in_a_circle(write):
 @pytest.mark.parametrize(
   ('line', 'expected'),
   [
-    ('toy.Net.widht = 3', 'no parameter \'widht\'. Did you mean width?'),
+    ('toy.Net.widht = 3', "no parameter 'widht'. Did you mean width?"),
     ('toy.Nett.width = 3', "toy has no 'Nett'. Did you mean Net?"),
     ('toy.train.extra = @toy.Nett()', "has no 'Nett'. Did you mean Net?"),
     ('toi.Net.width = 3', "'toi' of 'toi.Net' is not imported"),
     ('toy.Nett:\n  width = 3', "has no 'Nett'"),
-    ('from gin_toy import toi', 'No module \'gin_toy.toi\'. Did you mean '),
+    ('from gin_toy import toi', "No module 'gin_toy.toi'. Did you mean "),
     ('toy.dataclasses.width = 3', 'neither a function nor a class'),
     ('DROPOUT_RAT = 0.2', 'no gin file uses DROPOUT_RAT. Did you mean'),
     ('X = [1, 2', ''),
@@ -263,8 +271,20 @@ def test_flags_that_cannot_be_meant(write, flag, expected):
   assert expected in message(files, ['TRAIN_STEPS=1', flag])
 
 
+def test_a_misspelt_flag_is_told_before_what_it_left_out(write):
+  files = write(model=MODEL, run=RUN)
+  assert message(files, ['TRIAN_STEPS=2']).startswith('--gin.TRIAN_STEPS')
+
+
+def test_an_open_macro_is_not_called_misspelt(write):
+  files = write(model='VOCABULARY = 1\ntoy.Model.vocab = %VOCABULARY_PATH')
+  assert 'Did you mean' not in message(files)
+
+
 def test_the_last_flag_holds(write):
-  gin_utils.parse(write(model=MODEL, run=RUN), ['TRAIN_STEPS=1', 'TRAIN_STEPS=2'])
+  gin_utils.parse(
+    write(model=MODEL, run=RUN), ['TRAIN_STEPS=1', 'TRAIN_STEPS=2']
+  )
   assert gin_utils.run('train')['steps'] == 2
 
 

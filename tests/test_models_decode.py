@@ -196,7 +196,8 @@ def test_scores_of_decodes_are_those_of_teacher_forcing(goldens, flat_params):
   for k in range(3):
     targets = sequences[:, k]
     # Up to EOS: a generated 0 is a token, the zeros after EOS are none.
-    weights = (jnp.cumsum(targets == 1, axis=1) - (targets == 1)) == 0
+    ended = (targets == 1).astype(jnp.int32)
+    weights = (jnp.cumsum(ended, axis=1) - ended) == 0
     given = {
       **batch,
       'decoder_input_tokens': jnp.pad(targets[:, :-1], ((0, 0), (1, 0))),

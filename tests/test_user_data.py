@@ -4,8 +4,10 @@ import logging
 import pytest
 import seqio
 
-from prompt_jax import datasets, user_data, vocabularies
+from prompt_jax import datasets
 from prompt_jax import feature_converters as fc
+from prompt_jax import user_data
+from prompt_jax import vocabularies
 from prompt_jax.user_data import UserDataError
 
 VOCABULARY = vocabularies.bytes_vocabulary(0)
@@ -118,7 +120,9 @@ def test_each_epoch_is_a_permutation(tmp_path):
   assert sorted(order[:30]) == sorted(order[30:]) == sorted(set(order))
   assert order[:30] != order[30:]
   assert order == [text for text, _ in texts(shuffle=True, **passes)]
-  assert order != [text for text, _ in texts(shuffle=True, **passes | {'seed': 6})]
+  assert order != [
+    text for text, _ in texts(shuffle=True, **passes | {'seed': 6})
+  ]
 
 
 def test_batches_with_a_task_id(tmp_path):
@@ -163,8 +167,8 @@ def test_bad_json_rows(tmp_path, train, expected):
 @pytest.mark.parametrize(
   ('train', 'expected'),
   [
-    ('text,label\n"a\nb",1\nc,d,1\n', 'line 4: 3 columns, but the header has 2: '
-     'text, label. Text with a comma needs "quotes".'),
+    ('text,label\n"a\nb",1\nc,d,1\n', 'line 4: 3 columns, but the header has '
+     '2: text, label. Text with a comma needs "quotes".'),
     ('text,label,text\n', "line 1: the header has 'text' twice"),
     ('text,,label\n', 'line 1: the header has a column without a name'),
     ('text,label\na,1\n"b,1\nc,1\n', 'line 3: unexpected end of data'),
@@ -184,7 +188,8 @@ def test_bad_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'template', ['{text', 'text}', '{}', '{text!r}', '{text:>9}', '{a.b}', '{a[0]}']
+  'template',
+  ['{text', 'text}', '{}', '{text!r}', '{text:>9}', '{a.b}', '{a[0]}'],
 )
 def test_bad_templates(tmp_path, template):
   said = message(tmp_path, inputs=template)

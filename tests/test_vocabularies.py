@@ -86,7 +86,10 @@ def test_a_malformed_soft_token_is_an_error(vocabulary, text):
 
 
 def test_equality_copies_and_hash(vocabulary):
-  for twin in (copy.deepcopy(vocabulary), pickle.loads(pickle.dumps(vocabulary))):
+  for twin in (
+    copy.deepcopy(vocabulary),
+    pickle.loads(pickle.dumps(vocabulary)),
+  ):
     assert twin == vocabulary and hash(twin) == hash(vocabulary)
     assert twin.encode('a <soft:1>') == vocabulary.encode('a <soft:1>')
   assert vocabulary != vocabulary.inner
@@ -100,7 +103,7 @@ def test_t5_ids(spiece):
   assert vocabulary.vocab_size == 32100
   assert vocabulary.encode('<extra_id_0> <extra_id_99>') == [32099, 32000]
   vocabularies.check_fits(vocabulary, 32128)
-  with pytest.raises(ValueError, match='32100 ids.* embeds 256'):
+  with pytest.raises(ValueError, match=r'32100 ids.* embeds 256'):
     vocabularies.check_fits(vocabulary, 256)
 
 
@@ -121,7 +124,7 @@ def test_a_model_with_sentinels_gets_no_more(spiece, tmp_path):
 
 
 def test_wrong_files_are_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match='none.model'):
+  with pytest.raises(FileNotFoundError, match=r'none\.model'):
     vocabularies.sentencepiece(tmp_path / 'none.model')
   with pytest.raises(ValueError, match='folder'):
     vocabularies.sentencepiece(tmp_path)

@@ -34,7 +34,7 @@ def relative_position_bucket(
   distance = -relative_position
   if bidirectional:
     num_buckets //= 2
-    bucket += (distance < 0) * num_buckets
+    bucket = jnp.where(distance < 0, num_buckets, 0)
     distance = jnp.abs(distance)
   else:
     distance = jnp.maximum(distance, 0)
