@@ -43,8 +43,8 @@ def check_writable(directory: str) -> None:
       os.fsync(f.fileno())
   except OSError as e:
     raise CheckpointError(
-        f'MODEL_DIR {directory!r} cannot be written: {e.strerror or e}. '
-        'Choose another directory or free some space.'
+      f'MODEL_DIR {directory!r} cannot be written: {e.strerror or e}. '
+      'Choose another directory or free some space.'
     ) from e
 
 
@@ -52,10 +52,10 @@ class Checkpointer:
   """Checkpoints of one run, in `MODEL_DIR/checkpoints/<step>`."""
 
   def __init__(
-      self,
-      model_dir: str,
-      keep: int | None = 3,
-      base: fingerprints.Fingerprint | None = None,
+    self,
+    model_dir: str,
+    keep: int | None = 3,
+    base: fingerprints.Fingerprint | None = None,
   ):
     """Opens the directory.
 
@@ -67,11 +67,11 @@ class Checkpointer:
     self.directory = pathlib.Path(model_dir).absolute() / 'checkpoints'
     self.base = base
     self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True
-        ),
-        item_names=('state', 'host'),
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=True
+      ),
+      item_names=('state', 'host'),
     )
 
   def latest_step(self) -> int | None:
@@ -92,11 +92,11 @@ class Checkpointer:
     host = {**host, 'base': self.base or {}}
     try:
       self._manager.save(
-          step,
-          args=ocp.args.Composite(
-              state=ocp.args.StandardSave(_as_dict(state)),
-              host=ocp.args.JsonSave(host),
-          ),
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(_as_dict(state)),
+          host=ocp.args.JsonSave(host),
+        ),
       )
     except Exception as e:  # orbax wraps what the disk said in several types
       raise self._failed(step, e) from e
@@ -116,22 +116,22 @@ class Checkpointer:
 
   def _failed(self, step: int | None, e: Exception) -> CheckpointError:
     return CheckpointError(
-        f'Saving {"a checkpoint" if step is None else f"step {step}"} to '
-        f'{self.directory} failed: {e}. The last whole checkpoint (step '
-        f'{self._manager.latest_step()}) is untouched; free some space and '
-        'start the same command again to go on from it.'
+      f'Saving {"a checkpoint" if step is None else f"step {step}"} to '
+      f'{self.directory} failed: {e}. The last whole checkpoint (step '
+      f'{self._manager.latest_step()}) is untouched; free some space and '
+      'start the same command again to go on from it.'
     )
 
   def host_state(self, step: int | None = None) -> dict[str, Any]:
     """What the loop saved beside the state."""
     step = self.latest_step() if step is None else step
     restored = self._manager.restore(
-        step, args=ocp.args.Composite(host=ocp.args.JsonRestore())
+      step, args=ocp.args.Composite(host=ocp.args.JsonRestore())
     )
     return restored['host']
 
   def restore(
-      self, abstract: TrainState, step: int | None = None
+    self, abstract: TrainState, step: int | None = None
   ) -> tuple[TrainState, dict[str, Any]]:
     """The state at a step (the newest by default), and the host's.
 
@@ -147,10 +147,10 @@ class Checkpointer:
     """
     step, host = self._check(abstract.trainable, step)
     restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(_as_dict(abstract))
-        ),
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(_as_dict(abstract))
+      ),
     )
     logging.info('Restored step %d from %s.', step, self.directory)
     return TrainState(**restored['state']), host
@@ -166,27 +166,27 @@ class Checkpointer:
     path = self.directory / str(step) / 'state'
     with ocp.PyTreeCheckpointer() as reader:
       restored = reader.restore(
-          path,
-          args=ocp.args.PyTreeRestore(
-              item={'trainable': abstract},
-              restore_args=ocp.checkpoint_utils.construct_restore_args(
-                  {'trainable': abstract}
-              ),
-              partial_restore=True,
+        path,
+        args=ocp.args.PyTreeRestore(
+          item={'trainable': abstract},
+          restore_args=ocp.checkpoint_utils.construct_restore_args(
+            {'trainable': abstract}
           ),
+          partial_restore=True,
+        ),
       )
     return restored['trainable']
 
   def _check(
-      self, abstract: Any, step: int | None
+    self, abstract: Any, step: int | None
   ) -> tuple[int, dict[str, Any]]:
     """The step that is meant, and its host state, if it can be restored."""
     steps = self._manager.all_steps()
     step = self.latest_step() if step is None else step
     if step is None or step not in steps:
       raise CheckpointError(
-          f'No checkpoint of step {step} in {self.directory}; there are '
-          f'{sorted(steps) or "none"}.'
+        f'No checkpoint of step {step} in {self.directory}; there are '
+        f'{sorted(steps) or "none"}.'
       )
     host = self.host_state(step)
     where = f'The checkpoint {self.directory / str(step)}'
@@ -205,19 +205,19 @@ class Checkpointer:
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
   return {
-      'step': state.step,
-      'trainable': state.trainable,
-      'opt_state': state.opt_state,
-      'rng': state.rng,
+    'step': state.step,
+    'trainable': state.trainable,
+    'opt_state': state.opt_state,
+    'rng': state.rng,
   }
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
-      jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape)
-      for path, x in leaves
-      if getattr(x, 'shape', None) is not None
+    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape)
+    for path, x in leaves
+    if getattr(x, 'shape', None) is not None
   }
 
 
@@ -231,15 +231,15 @@ def check_shapes(saved: Any, wanted: Any, where: str) -> None:
   problems = [f'  {n}: missing' for n in sorted(want.keys() - have.keys())]
   problems += [f'  {n}: extra' for n in sorted(have.keys() - want.keys())]
   problems += [
-      f'  {n}: shape {have[n]}, expected {want[n]}'
-      for n in sorted(want.keys() & have.keys())
-      if have[n] != want[n]
+    f'  {n}: shape {have[n]}, expected {want[n]}'
+    for n in sorted(want.keys() & have.keys())
+    if have[n] != want[n]
   ]
   if problems:
     raise CheckpointError(
-        f'{where} holds other trainable parameters than this run:\n'
-        + '\n'.join(problems)
-        + '\nUse the method file and flags of that run, or a new MODEL_DIR.'
+      f'{where} holds other trainable parameters than this run:\n'
+      + '\n'.join(problems)
+      + '\nUse the method file and flags of that run, or a new MODEL_DIR.'
     )
 
 
@@ -258,12 +258,12 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
   except OSError as e:
     temporary.unlink(missing_ok=True)
     raise CheckpointError(
-        f'{path} could not be written: {e.strerror or e}.'
+      f'{path} could not be written: {e.strerror or e}.'
     ) from e
 
 
 def save_trainable(
-    path: pathlib.Path, trainable: Any, header: Mapping[str, Any]
+  path: pathlib.Path, trainable: Any, header: Mapping[str, Any]
 ) -> None:
   """Writes the trained parameters as safetensors, with a header of strings.
 
@@ -275,11 +275,11 @@ def save_trainable(
   from safetensors import numpy as safetensors_numpy
 
   flat = {
-      name: np.ascontiguousarray(x)
-      for name, x in train_state.flatten(trainable).items()
+    name: np.ascontiguousarray(x)
+    for name, x in train_state.flatten(trainable).items()
   }
   texts = {
-      k: v if isinstance(v, str) else json.dumps(v) for k, v in header.items()
+    k: v if isinstance(v, str) else json.dumps(v) for k, v in header.items()
   }
   write_atomically(path, safetensors_numpy.save(flat, metadata=texts))
 
@@ -302,10 +302,10 @@ def load_trainable(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def check_header(
-    header: Mapping[str, str],
-    where: str,
-    base: fingerprints.Fingerprint,
-    vocabulary: str,
+  header: Mapping[str, str],
+  where: str,
+  base: fingerprints.Fingerprint,
+  vocabulary: str,
 ) -> None:
   """Compares what a trained part was made with to what is here.
 
@@ -318,6 +318,6 @@ def check_header(
   made_with = header.get('vocabulary', vocabulary)
   if made_with != vocabulary:
     raise CheckpointError(
-        f'{where} was trained with another vocabulary (fingerprint '
-        f'{made_with}; the one loaded here is {vocabulary}).'
+      f'{where} was trained with another vocabulary (fingerprint '
+      f'{made_with}; the one loaded here is {vocabulary}).'
     )

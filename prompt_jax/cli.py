@@ -13,10 +13,10 @@ import sys
 import traceback
 
 _COMMANDS = {
-    'train': ('train.train', 'train, or go on where a run stopped'),
-    'eval': ('infer.evaluate', 'metrics of a split'),
-    'infer': ('infer.infer', 'decode the inputs of a split to a JSONL file'),
-    'score': ('infer.score', "log-likelihoods of a split's targets and labels"),
+  'train': ('train.train', 'train, or go on where a run stopped'),
+  'eval': ('infer.evaluate', 'metrics of a split'),
+  'infer': ('infer.infer', 'decode the inputs of a split to a JSONL file'),
+  'score': ('infer.score', "log-likelihoods of a split's targets and labels"),
 }
 
 _EPILOG = """\
@@ -38,20 +38,20 @@ The directory of a run is enough for the others:
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-      prog='prompt-jax',
-      description='Prompt tuning and its relatives on frozen T5 models.',
-      epilog=_EPILOG,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog='prompt-jax',
+    description='Prompt tuning and its relatives on frozen T5 models.',
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--version', action='store_true', help='print it')
   commands = parser.add_subparsers(dest='command', metavar='command')
   for name, (_, text) in _COMMANDS.items():
     sub = commands.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+      name,
+      help=text,
+      description=text,
+      epilog=_EPILOG,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_arguments(sub)
   return parser
@@ -70,7 +70,7 @@ def _add_arguments(sub: argparse.ArgumentParser) -> None:
   data.add_argument('--targets', help="template, e.g. '{label}'")
   data.add_argument('--labels', help='strings of a label, comma-separated')
   data.add_argument(
-      '--skip_bad_rows', action='store_true', help='count them and go on'
+    '--skip_bad_rows', action='store_true', help='count them and go on'
   )
   trained = sub.add_argument_group('what to evaluate')
   trained.add_argument('--trainable', metavar='FILE', help='*.safetensors')
@@ -90,16 +90,16 @@ def _bindings(args: argparse.Namespace, gin_flags: Sequence[str]) -> list[str]:
 
   out = []
   values = {
-      'MODEL_DIR': args.model_dir and path(args.model_dir),
-      'TRAIN_DATA': args.train_data and path(args.train_data),
-      'EVAL_DATA': args.eval_data and path(args.eval_data),
-      'INPUTS': args.inputs,
-      'TARGETS': args.targets,
-      'LABELS': args.labels and tuple(args.labels.split(',')),
-      'SKIP_BAD_ROWS': args.skip_bad_rows or None,
-      'TRAINABLE_PATH': args.trainable and path(args.trainable),
-      'CHECKPOINT_STEP': args.step,
-      'OUTPUT': args.output and path(args.output),
+    'MODEL_DIR': args.model_dir and path(args.model_dir),
+    'TRAIN_DATA': args.train_data and path(args.train_data),
+    'EVAL_DATA': args.eval_data and path(args.eval_data),
+    'INPUTS': args.inputs,
+    'TARGETS': args.targets,
+    'LABELS': args.labels and tuple(args.labels.split(',')),
+    'SKIP_BAD_ROWS': args.skip_bad_rows or None,
+    'TRAINABLE_PATH': args.trainable and path(args.trainable),
+    'CHECKPOINT_STEP': args.step,
+    'OUTPUT': args.output and path(args.output),
   }
   if args.train_data or args.eval_data:
     values['MIXTURE_OR_TASK_NAME'] = 'user_data'
@@ -112,14 +112,14 @@ def _gin_files(args: argparse.Namespace) -> list[str]:
     return args.gin_file
   if args.model_dir is None:
     raise SystemExit(
-        'prompt-jax: give --gin_file=... (models/, methods/ and runs/ files), '
-        'or the --model_dir of a run that has been started.'
+      'prompt-jax: give --gin_file=... (models/, methods/ and runs/ files), '
+      'or the --model_dir of a run that has been started.'
     )
   path = pathlib.Path(args.model_dir) / 'config.gin'
   if not path.is_file():
     raise SystemExit(
-        f'prompt-jax: no --gin_file, and {path} is not there: {args.model_dir} '
-        'is not the directory of a run.'
+      f'prompt-jax: no --gin_file, and {path} is not there: {args.model_dir} '
+      'is not the directory of a run.'
     )
   return [str(path.absolute())]
 
@@ -142,9 +142,7 @@ def _set_up(debug: bool) -> None:
 
   absl_logging.set_verbosity(absl_logging.INFO)
   handler = absl_logging.get_absl_handler()
-  handler.setFormatter(
-      logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
-  )
+  handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   absl_logging.use_absl_handler()
   if not debug:
     handler.addFilter(_Ours())
@@ -188,12 +186,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(
-    args: argparse.Namespace, files: Sequence[str], bindings: Sequence[str]
+  args: argparse.Namespace, files: Sequence[str], bindings: Sequence[str]
 ) -> None:
   from prompt_jax import partitioning
 
   partitioning.initialize_distributed(
-      args.coordinator_address, args.num_processes, args.process_id
+    args.coordinator_address, args.num_processes, args.process_id
   )
   from prompt_jax import gin_utils
 

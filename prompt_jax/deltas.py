@@ -62,10 +62,10 @@ def _read(module: nn.Module, kind: str) -> Any:
 
 
 def _two_factors(
-    x: Array,
-    a: Float[Array, 'G D R'],
-    b: Float[Array, 'G R E'],
-    between: Callable[[Array], Array] = lambda h: h,
+  x: Array,
+  a: Float[Array, 'G D R'],
+  b: Float[Array, 'G R E'],
+  between: Callable[[Array], Array] = lambda h: h,
 ) -> Array:
   """`between(x A) B`, each example by its own pair where G is not 1."""
   a, b = a.astype(x.dtype), b.astype(x.dtype)
@@ -79,10 +79,10 @@ def _two_factors(
 
 
 def adapt_embedding(
-    module: nn.Module,
-    lookup: Callable[[Int[Array, 'B T']], Float[Array, 'B T D']],
-    tokens: Int[Array, 'B T'],
-    vocab_size: int,
+  module: nn.Module,
+  lookup: Callable[[Int[Array, 'B T']], Float[Array, 'B T D']],
+  tokens: Int[Array, 'B T'],
+  vocab_size: int,
 ) -> Float[Array, 'B T D']:
   """Embeds `tokens`: id V + j is row j of the `rows` delta."""
   rows = _read(module, 'rows')
@@ -99,9 +99,9 @@ def adapt_embedding(
 
 
 def adapt_projection(
-    module: nn.Module,
-    x: Float[Array, 'B T D'],
-    y: Float[Array, 'B T E'],
+  module: nn.Module,
+  x: Float[Array, 'B T D'],
+  y: Float[Array, 'B T E'],
 ) -> Float[Array, 'B T E']:
   """`y = x W` becomes `(y + x A B) * scale + shift`."""
   if (factors := _read(module, 'low_rank')) is not None:
@@ -114,11 +114,11 @@ def adapt_projection(
 
 
 def adapt_keys_values(
-    module: nn.Module,
-    key: Float[Array, 'B T H K'],
-    value: Float[Array, 'B T H K'],
-    bias: Float[Array, '#B H U T'] | None,
-    mask: Any,
+  module: nn.Module,
+  key: Float[Array, 'B T H K'],
+  value: Float[Array, 'B T H K'],
+  bias: Float[Array, '#B H U T'] | None,
+  mask: Any,
 ) -> tuple[Array, Array, Array | None, Any]:
   """Puts prefix keys and values in front; every query sees them, bias 0."""
   prefix = _read(module, 'prefix')
@@ -137,7 +137,7 @@ def adapt_keys_values(
 
 
 def adapt_sublayer(
-    module: nn.Module, y: Float[Array, 'B T D']
+  module: nn.Module, y: Float[Array, 'B T D']
 ) -> Float[Array, 'B T D']:
   """`y` becomes `y + relu(y A) B`."""
   factors = _read(module, 'bottleneck')
@@ -158,14 +158,14 @@ def _join_rows(x: Array, y: Array) -> Array:
 
 
 _JOIN: Mapping[str, Callable[[Any, Any], Any]] = {
-    'rows': _join_rows,
-    'low_rank': lambda x, y: (
-        jnp.concatenate([x[0], y[0]], -1),
-        jnp.concatenate([x[1], y[1]], -2),
-    ),
-    'scale': jnp.multiply,
-    'shift': jnp.add,
-    'prefix': lambda x, y: tuple(map(_concatenate(-3), x, y)),
+  'rows': _join_rows,
+  'low_rank': lambda x, y: (
+    jnp.concatenate([x[0], y[0]], -1),
+    jnp.concatenate([x[1], y[1]], -2),
+  ),
+  'scale': jnp.multiply,
+  'shift': jnp.add,
+  'prefix': lambda x, y: tuple(map(_concatenate(-3), x, y)),
 }
 
 
@@ -185,8 +185,8 @@ def _share_groups(path: str, x: Routed, y: Routed) -> tuple[Any, Any, Any]:
   sizes = groups(x), groups(y)
   if min(sizes) != 1 and sizes[0] != sizes[1]:
     raise ValueError(
-        f'{path}: two methods set it for {sizes[0]} and for {sizes[1]} groups; '
-        'they combine where the numbers are equal or one of them is 1.'
+      f'{path}: two methods set it for {sizes[0]} and for {sizes[1]} groups; '
+      'they combine where the numbers are equal or one of them is 1.'
     )
 
   def repeat(delta: Routed) -> Any:
@@ -213,8 +213,8 @@ def combine(x: Deltas, y: Deltas) -> Deltas:
     join = _JOIN.get(path.rsplit('/', 1)[-1])
     if join is None:
       raise ValueError(
-          f'{path}: two methods set it, and it does not combine. Take one '
-          'of them off the chain, or give them different targets.'
+        f'{path}: two methods set it, and it does not combine. Take one '
+        'of them off the chain, or give them different targets.'
       )
     table_x, table_y, group = _share_groups(path, x[path], y[path])
     out[path] = Routed(join(table_x, table_y), group)
@@ -260,13 +260,13 @@ def check(deltas: Deltas, modules: Iterable[str]) -> None:
     module, _, kind = path.rpartition('/')
     if kind not in KINDS:
       raise ValueError(
-          f'{path}: unknown kind of delta {kind!r}; there are '
-          f'{", ".join(KINDS)}.{near_misses(kind, KINDS)}'
+        f'{path}: unknown kind of delta {kind!r}; there are '
+        f'{", ".join(KINDS)}.{near_misses(kind, KINDS)}'
       )
     if module not in modules:
       raise ValueError(
-          f'{path}: the network has no module {module!r}.'
-          f'{near_misses(module, modules)}'
+        f'{path}: the network has no module {module!r}.'
+        f'{near_misses(module, modules)}'
       )
 
 
@@ -285,8 +285,8 @@ def merge_into_weights(deltas: Deltas, params: Any) -> Any:
     shared = delta.group is None
     if not shared or kind not in ('low_rank', 'scale'):
       raise ValueError(
-          f'{path}: {kind} {"" if shared else "routed by task "}cannot be '
-          'folded into a weight; export the trainable parameters instead.'
+        f'{path}: {kind} {"" if shared else "routed by task "}cannot be '
+        'folded into a weight; export the trainable parameters instead.'
       )
     kernel = flat[f'{module}/kernel']
     if kind == 'low_rank':

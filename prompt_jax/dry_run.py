@@ -70,13 +70,13 @@ def _parameters(run: run_lib.Run) -> str:
     leaf = getattr(leaf, 'value', leaf)
     add(f'method/{path}', leaf.shape, 'trainable', places[path].spec)
   table = _table(
-      rows, ('parameter', 'shape', 'kind', 'number', 'over the mesh')
+    rows, ('parameter', 'shape', 'kind', 'number', 'over the mesh')
   )
   share = totals['trainable'] / sum(totals.values())
   return (
-      f'\n{table}\n\nFrozen: {totals["frozen"]:,}. Trainable: '
-      f'{totals["trainable"]:,} ({share:.4%}). Computed in '
-      f'{run.model.config.dtype}.'
+    f'\n{table}\n\nFrozen: {totals["frozen"]:,}. Trainable: '
+    f'{totals["trainable"]:,} ({share:.4%}). Computed in '
+    f'{run.model.config.dtype}.'
   )
 
 
@@ -85,8 +85,8 @@ def _mesh(run: run_lib.Run) -> str:
   shape = ', '.join(f'{name} {size}' for name, size in mesh.shape.items())
   device = jax.devices()[0]
   return (
-      f'\nMesh: {shape}; {jax.device_count()} devices ({device.device_kind}), '
-      f'{jax.process_count()} processes.'
+    f'\nMesh: {shape}; {jax.device_count()} devices ({device.device_kind}), '
+    f'{jax.process_count()} processes.'
   )
 
 

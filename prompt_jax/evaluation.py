@@ -67,22 +67,22 @@ class Evaluation:
     if not self.tasks:
       splits = sorted({s for t in tasks for s in t.splits})
       raise ValueError(
-          f'No task of {run.mixture_or_task_name!r} has a split '
-          f'{config.split!r}; there are {", ".join(splits)}.'
+        f'No task of {run.mixture_or_task_name!r} has a split '
+        f'{config.split!r}; there are {", ".join(splits)}.'
       )
     out = run.partitioner.replicated
     model = run.model
     self._loss = jax.jit(
-        functools.partial(trainer.eval_step, model=model), out_shardings=out
+      functools.partial(trainer.eval_step, model=model), out_shardings=out
     )
     self._score = jax.jit(model.score_batch, out_shardings=out)
     self._predict = jax.jit(
-        functools.partial(
-            model.predict_batch,
-            decode_fn=config.decode_fn,
-            num_decodes=config.num_decodes,
-        ),
-        out_shardings=out,
+      functools.partial(
+        model.predict_batch,
+        decode_fn=config.decode_fn,
+        num_decodes=config.num_decodes,
+      ),
+      out_shardings=out,
     )
 
   def __call__(self, trainable: Any, frozen: Any) -> TaskMetrics:
@@ -92,9 +92,9 @@ class Evaluation:
       out[task.name] |= self._teacher_forced(task.name, trainable, frozen)
     if self.config.decode and self._evaluator is not None:
       future, _ = self._evaluator.evaluate(
-          compute_metrics=True,
-          predict_fn=lambda ds: self._predictions(ds, trainable, frozen),
-          score_fn=lambda ds: self._scores(ds, trainable, frozen),
+        compute_metrics=True,
+        predict_fn=lambda ds: self._predictions(ds, trainable, frozen),
+        score_fn=lambda ds: self._scores(ds, trainable, frozen),
       )
       for name, found in (future.result() or {}).items():
         out[name] |= {k: float(_number(v)) for k, v in found.items()}
@@ -107,12 +107,12 @@ class Evaluation:
       logging.info('No task has metrics of its own; nothing is decoded.')
       return None
     return seqio.Evaluator(
-        run.mixture_or_task_name,
-        run.converter(),
-        config.split,
-        sequence_length=dict(run.task_feature_lengths),
-        num_examples=config.num_examples,
-        async_compute_metrics=False,
+      run.mixture_or_task_name,
+      run.converter(),
+      config.split,
+      sequence_length=dict(run.task_feature_lengths),
+      num_examples=config.num_examples,
+      async_compute_metrics=False,
     )
 
   # ---- batches -------------------------------------------------------------
@@ -120,10 +120,10 @@ class Evaluation:
   def batches(self, task: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number of real rows, padded host batch) through the split in order."""
     config = self.run.dataset_config(
-        split=self.config.split,
-        batch_size=self.config.batch_size,
-        shuffle=False,
-        num_epochs=1,
+      split=self.config.split,
+      batch_size=self.config.batch_size,
+      shuffle=False,
+      num_epochs=1,
     )
     config = dataclasses.replace(config, mixture_or_task_name=task)
     ds = datasets.get_dataset(config, self.run.converter(), False)
@@ -145,7 +145,7 @@ class Evaluation:
     return self.run.partitioner.put_batch(batch)
 
   def _teacher_forced(
-      self, task: str, trainable: Any, frozen: Any
+    self, task: str, trainable: Any, frozen: Any
   ) -> dict[str, float]:
     labels = self.labels(task)
     totals: dict[str, float] = {}
@@ -158,8 +158,8 @@ class Evaluation:
         ranked.append(self.rank(batch, rows, labels, trainable, frozen))
     tokens = max(totals['target_tokens'], 1.0)
     out = {
-        'loss_per_token': (totals['loss'] - totals['z_loss']) / tokens,
-        'token_accuracy': 100 * totals['correct_tokens'] / tokens,
+      'loss_per_token': (totals['loss'] - totals['z_loss']) / tokens,
+      'token_accuracy': 100 * totals['correct_tokens'] / tokens,
     }
     return out | _rank_metrics(ranked, len(labels))
 
@@ -187,8 +187,8 @@ class Evaluation:
       ids = [*vocabulary.encode(label), vocabulary.eos_id]
       if len(ids) > length:
         raise ValueError(
-            f'The label {label!r} has {len(ids)} tokens with EOS, more than '
-            f"TASK_FEATURE_LENGTHS['targets'] = {length}."
+          f'The label {label!r} has {len(ids)} tokens with EOS, more than '
+          f"TASK_FEATURE_LENGTHS['targets'] = {length}."
         )
       row[: len(ids)] = ids
     if len(np.unique(out, axis=0)) < len(labels):
@@ -196,12 +196,12 @@ class Evaluation:
     return out
 
   def rank(
-      self,
-      batch: dict[str, Any],
-      rows: int,
-      labels: Sequence[str],
-      trainable: Any,
-      frozen: Any,
+    self,
+    batch: dict[str, Any],
+    rows: int,
+    labels: Sequence[str],
+    trainable: Any,
+    frozen: Any,
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(scores [N, C], gold index [N] or -1, tokens of each label [C])."""
     tokens = self.label_tokens(labels)
@@ -211,8 +211,8 @@ class Evaluation:
     for c, ids in enumerate(tokens):
       other = model.with_targets(batch, ids)
       same = np.all(
-          other['decoder_target_tokens'] == batch['decoder_target_tokens'],
-          axis=1,
+        other['decoder_target_tokens'] == batch['decoder_target_tokens'],
+        axis=1,
       )
       gold[same[:rows]] = c
       found = self._score(frozen, trainable, self._put(other))
@@ -220,7 +220,7 @@ class Evaluation:
     return np.stack(scores, 1), gold, np.sum(tokens > 0, axis=1)
 
   def _predictions(
-      self, ds: Any, trainable: Any, frozen: Any
+    self, ds: Any, trainable: Any, frozen: Any
   ) -> list[tuple[int, np.ndarray]]:
     out = []
     for index, rows, batch in self._enumerated(ds):
@@ -229,7 +229,7 @@ class Evaluation:
     return out
 
   def predict(
-      self, batch: dict[str, Any], trainable: Any, frozen: Any
+    self, batch: dict[str, Any], trainable: Any, frozen: Any
   ) -> tuple[np.ndarray, np.ndarray]:
     """Decoded ids [B, N, U] and scores [B, N] on the host; best last."""
     sampling = getattr(self.config.decode_fn, 'keywords', {})
@@ -242,14 +242,14 @@ class Evaluation:
     return np.asarray(ids), np.asarray(scores)
 
   def score(
-      self, batch: dict[str, Any], trainable: Any, frozen: Any
+    self, batch: dict[str, Any], trainable: Any, frozen: Any
   ) -> np.ndarray:
     """Log-likelihood of each row's targets, [B], on the host."""
     found = self._score(frozen, trainable, self._put(batch))
     return np.asarray(jax.device_get(found))
 
   def _scores(
-      self, ds: Any, trainable: Any, frozen: Any
+    self, ds: Any, trainable: Any, frozen: Any
   ) -> list[tuple[int, float]]:
     out = []
     for index, rows, batch in self._enumerated(ds):
@@ -287,11 +287,11 @@ def _rank_metrics(ranked: list[Any], num_labels: int) -> dict[str, float]:
   gold = np.concatenate([r[1] for r in ranked])
   if (gold < 0).any():
     logging.warning(
-        '%d of %d targets are none of the %d labels; rank classification '
-        'counts them as wrong.',
-        int((gold < 0).sum()),
-        len(gold),
-        num_labels,
+      '%d of %d targets are none of the %d labels; rank classification '
+      'counts them as wrong.',
+      int((gold < 0).sum()),
+      len(gold),
+      num_labels,
     )
   known = gold >= 0
   share = float(np.mean(known))
@@ -300,9 +300,9 @@ def _rank_metrics(ranked: list[Any], num_labels: int) -> dict[str, float]:
   lengths = np.broadcast_to(ranked[0][2], scores.shape)[known]
   plain = metrics.rank_classification_metric(scores[known], gold[known])
   mean = metrics.rank_classification_metric(
-      scores[known], gold[known], lengths=lengths
+    scores[known], gold[known], lengths=lengths
   )
   return {
-      'rank_accuracy': plain['accuracy'] * share,
-      'rank_accuracy_length_normalized': mean['accuracy'] * share,
+    'rank_accuracy': plain['accuracy'] * share,
+    'rank_accuracy_length_normalized': mean['accuracy'] * share,
   }

@@ -29,10 +29,12 @@ def _checksum(x: Any) -> Any:
     index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     place = place * jnp.uint32(length % 2**32) + index
   weighted = bits * (2 * place + 1)
-  return jnp.stack([
+  return jnp.stack(
+    [
       jnp.sum(bits, dtype=jnp.uint32),
       jnp.sum(weighted, dtype=jnp.uint32),
-  ])
+    ]
+  )
 
 
 _checksums = jax.jit(jax.vmap(_checksum))
@@ -81,30 +83,28 @@ def check(saved: Fingerprint, here: Fingerprint, where: str) -> None:
   if saved == here:
     return
   shapes = [
-      n
-      for n in saved.keys() & here.keys()
-      if saved[n].split(':')[0] != here[n].split(':')[0]
+    n
+    for n in saved.keys() & here.keys()
+    if saved[n].split(':')[0] != here[n].split(':')[0]
   ]
-  values = [
-      n for n in saved.keys() & here.keys() if saved[n] != here[n]
-  ]
+  values = [n for n in saved.keys() & here.keys() if saved[n] != here[n]]
   values = sorted(set(values) - set(shapes))
   lines = [
-      f'{where} was made on another frozen base (fingerprint '
-      f'{digest(saved)}; the base loaded here is {digest(here)}).'
+    f'{where} was made on another frozen base (fingerprint '
+    f'{digest(saved)}; the base loaded here is {digest(here)}).'
   ]
   for what, names in (
-      ('only in its base', sorted(saved.keys() - here.keys())),
-      ('only here', sorted(here.keys() - saved.keys())),
-      ('of another shape', sorted(shapes)),
-      ('with other numbers', values),
+    ('only in its base', sorted(saved.keys() - here.keys())),
+    ('only here', sorted(here.keys() - saved.keys())),
+    ('of another shape', sorted(shapes)),
+    ('with other numbers', values),
   ):
     if names:
       some = ', '.join(names[:4]) + (', ...' if len(names) > 4 else '')
       lines.append(f'  {len(names)} parameters {what}: {some}')
   lines.append(
-      'Give the INITIAL_CHECKPOINT_PATH and the model file of that run, or '
-      'start a new MODEL_DIR.'
+    'Give the INITIAL_CHECKPOINT_PATH and the model file of that run, or '
+    'start a new MODEL_DIR.'
   )
   raise BaseMismatch('\n'.join(lines))
 

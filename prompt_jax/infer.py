@@ -48,16 +48,16 @@ class Trained:
         return run.load_trainable(str(path), base)
       if (pathlib.Path(self.model_dir) / 'checkpoints').exists():
         raise checkpoints.CheckpointError(
-            f'{path} is not there yet: the run has not ended. Give --step to '
-            'take one of its checkpoints.'
+          f'{path} is not there yet: the run has not ended. Give --step to '
+          'take one of its checkpoints.'
         )
       raise checkpoints.CheckpointError(
-          f'{self.model_dir} is no directory of a training run: it has neither '
-          'trainable.safetensors nor checkpoints.'
+        f'{self.model_dir} is no directory of a training run: it has neither '
+        'trainable.safetensors nor checkpoints.'
       )
     logging.warning(
-        'Neither MODEL_DIR nor TRAINABLE_PATH: the method is at its initial '
-        'value.'
+      'Neither MODEL_DIR nor TRAINABLE_PATH: the method is at its initial '
+      'value.'
     )
     optimizer = optimizers.sgd()
     abstract = run.abstract_state(optimizer, base)
@@ -66,7 +66,7 @@ class Trained:
   def _from_checkpoint(self, run: run_lib.Run, base: run_lib.Base) -> Any:
     assert self.model_dir is not None
     checkpointer = checkpoints.Checkpointer(
-        self.model_dir, None, base.fingerprint
+      self.model_dir, None, base.fingerprint
     )
     # Only the trained part is asked for, whatever optimizer there was.
     abstract = run.abstract_state(optimizers.sgd(), base)
@@ -74,11 +74,11 @@ class Trained:
 
 
 def evaluate(
-    run: run_lib.Run,
-    *,
-    trained: Trained,
-    eval_config: evaluation.EvalConfig,
-    output: str | None = None,
+  run: run_lib.Run,
+  *,
+  trained: Trained,
+  eval_config: evaluation.EvalConfig,
+  output: str | None = None,
 ) -> evaluation.TaskMetrics:
   """Metrics of the tasks' split, logged and written as JSON.
 
@@ -108,11 +108,11 @@ def evaluate(
 
 
 def infer(
-    run: run_lib.Run,
-    *,
-    trained: Trained,
-    eval_config: evaluation.EvalConfig,
-    output: str | None = None,
+  run: run_lib.Run,
+  *,
+  trained: Trained,
+  eval_config: evaluation.EvalConfig,
+  output: str | None = None,
 ) -> str:
   """Decodes the split; one JSON object a line: inputs, targets, predictions.
 
@@ -128,22 +128,22 @@ def infer(
         for i in range(rows):
           texts = [_text(decode, row) for row in ids[i][::-1]]
           yield {
-              'task': task.name,
-              **_texts(run, batch, i),
-              'prediction': texts[0],
-              'predictions': texts,
-              'scores': [float(s) for s in scores[i][::-1]],
+            'task': task.name,
+            **_texts(run, batch, i),
+            'prediction': texts[0],
+            'predictions': texts,
+            'scores': [float(s) for s in scores[i][::-1]],
           }
 
   return _write_lines(run, trained, eval_config, output, 'infer', lines)
 
 
 def score(
-    run: run_lib.Run,
-    *,
-    trained: Trained,
-    eval_config: evaluation.EvalConfig,
-    output: str | None = None,
+  run: run_lib.Run,
+  *,
+  trained: Trained,
+  eval_config: evaluation.EvalConfig,
+  output: str | None = None,
 ) -> str:
   """Log-likelihoods of the split's own targets, and of the labels if any.
 
@@ -161,10 +161,10 @@ def score(
         ranked = call.rank(batch, rows, labels, *args)[0] if labels else None
         for i in range(rows):
           line = {
-              'task': task.name,
-              **_texts(run, batch, i),
-              'score': float(scores[i]),
-              'tokens': int(np.sum(batch['decoder_loss_weights'][i] > 0)),
+            'task': task.name,
+            **_texts(run, batch, i),
+            'score': float(scores[i]),
+            'tokens': int(np.sum(batch['decoder_loss_weights'][i] > 0)),
           }
           if ranked is not None:
             found = zip(labels, map(float, ranked[i]), strict=True)
@@ -175,19 +175,19 @@ def score(
 
 
 def _write_lines(
-    run: run_lib.Run,
-    trained: Trained,
-    config: evaluation.EvalConfig,
-    output: str | None,
-    kind: str,
-    lines: Any,
+  run: run_lib.Run,
+  trained: Trained,
+  config: evaluation.EvalConfig,
+  output: str | None,
+  kind: str,
+  lines: Any,
 ) -> str:
   """Loads, computes with a progress bar, and writes a whole file or none."""
   from tqdm import tqdm
 
   path = pathlib.Path(
-      output
-      or pathlib.Path(trained.model_dir or '.') / f'{kind}_{config.split}.jsonl'
+    output
+    or pathlib.Path(trained.model_dir or '.') / f'{kind}_{config.split}.jsonl'
   )
   checkpoints.check_writable(str(path.parent))
   with run.partitioner.activate():
@@ -233,16 +233,14 @@ def show(run: run_lib.Run, batch: Any) -> dict[str, list[str]]:
   model = run.model
   decode = model.vocabulary.decode
   place = {
-      int(token): k
-      for row in model.soft_ids
-      for k, token in enumerate(row)
+    int(token): k for row in model.soft_ids for k, token in enumerate(row)
   }
 
   def text(ids: Any) -> str:
     shown = [
-        vocabularies.SOFT_BASE + place[int(i)] if int(i) in place else int(i)
-        for i in ids
-        if i > 1  # neither padding nor EOS
+      vocabularies.SOFT_BASE + place[int(i)] if int(i) in place else int(i)
+      for i in ids
+      if i > 1  # neither padding nor EOS
     ]
     return decode(shown)
 

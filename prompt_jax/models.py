@@ -114,12 +114,12 @@ class EncoderDecoderModel:
     if self.method is None:
       return {}
     context = self.context(self.embedding(params)).replace(
-        tokens=self.method_tokens(batch), task_ids=batch.get('task_ids')
+      tokens=self.method_tokens(batch), task_ids=batch.get('task_ids')
     )
     return self.method.apply({'params': trainable['method']}, context)
 
   def variables(
-      self, frozen: Any, trainable: Any, batch: Batch, beams: int = 1
+    self, frozen: Any, trainable: Any, batch: Batch, beams: int = 1
   ) -> dict[str, Any]:
     """The network's collections: parameters and deltas."""
     params = train_state.merge(frozen, trainable['network'])
@@ -130,31 +130,31 @@ class EncoderDecoderModel:
     return {'params': params, 'deltas': deltas.collection(found)}
 
   def logits(
-      self, frozen: Any, trainable: Any, batch: Batch, rng: Any = None
+    self, frozen: Any, trainable: Any, batch: Batch, rng: Any = None
   ) -> Any:
     """Logits [B, U, V]; with dropout if an rng is given."""
     network = self.network.clone(deterministic=rng is None)
     return network.apply(
-        self.variables(frozen, trainable, batch),
-        *self._network_inputs(batch),
-        rngs=None if rng is None else {'dropout': rng},
+      self.variables(frozen, trainable, batch),
+      *self._network_inputs(batch),
+      rngs=None if rng is None else {'dropout': rng},
     )
 
   def _network_inputs(self, batch: Batch) -> tuple[Any, ...]:
     return (
-        batch['encoder_input_tokens'],
-        batch['decoder_input_tokens'],
-        batch.get('encoder_segment_ids'),
-        batch.get('decoder_segment_ids'),
+      batch['encoder_input_tokens'],
+      batch['decoder_input_tokens'],
+      batch.get('encoder_segment_ids'),
+      batch.get('decoder_segment_ids'),
     )
 
   def loss_fn(
-      self,
-      frozen: Any,
-      trainable: Any,
-      batch: Batch,
-      rng: Any = None,
-      loss_normalizing_factor: Any = None,
+    self,
+    frozen: Any,
+    trainable: Any,
+    batch: Batch,
+    rng: Any = None,
+    loss_normalizing_factor: Any = None,
   ) -> tuple[Any, dict[str, Any]]:
     """The training loss and sums over the batch for the metrics.
 
@@ -171,21 +171,21 @@ class EncoderDecoderModel:
     targets = batch['decoder_target_tokens']
     weights = batch.get('decoder_loss_weights')
     loss, z_loss, weight_sum = losses.compute_weighted_cross_entropy(
-        logits,
-        targets,
-        weights,
-        label_smoothing=self.label_smoothing,
-        z_loss=self.z_loss,
-        loss_normalizing_factor=loss_normalizing_factor,
+      logits,
+      targets,
+      weights,
+      label_smoothing=self.label_smoothing,
+      z_loss=self.z_loss,
+      loss_normalizing_factor=loss_normalizing_factor,
     )
     counted = targets > 0 if weights is None else weights > 0
     hits = (jnp.argmax(logits, axis=-1) == targets) & counted
     sums = {
-        'loss': loss,
-        'z_loss': z_loss,
-        'weight_sum': weight_sum,
-        'correct_tokens': jnp.sum(hits, dtype=jnp.float32),
-        'target_tokens': jnp.sum(counted, dtype=jnp.float32),
+      'loss': loss,
+      'z_loss': z_loss,
+      'weight_sum': weight_sum,
+      'correct_tokens': jnp.sum(hits, dtype=jnp.float32),
+      'target_tokens': jnp.sum(counted, dtype=jnp.float32),
     }
     return loss, sums
 
@@ -196,7 +196,7 @@ class EncoderDecoderModel:
     """
     logits = self.logits(frozen, trainable, batch)
     token_loss, _ = losses.cross_entropy_with_logits(
-        logits, batch['decoder_target_tokens'], label_smoothing=0.0, z_loss=0.0
+      logits, batch['decoder_target_tokens'], label_smoothing=0.0, z_loss=0.0
     )
     weights = batch['decoder_loss_weights']
     return -jnp.sum(token_loss * weights.astype(token_loss.dtype), axis=-1)
@@ -218,10 +218,10 @@ class EncoderDecoderModel:
       weights[row, start - 1 : end] = 1
       inputs[row, start : end + 1] = ids[: inputs.shape[1] - start]
     return {
-        **batch,
-        'decoder_target_tokens': target * (target < self.config.vocab_size),
-        'decoder_input_tokens': inputs,
-        'decoder_loss_weights': weights,
+      **batch,
+      'decoder_target_tokens': target * (target < self.config.vocab_size),
+      'decoder_input_tokens': inputs,
+      'decoder_loss_weights': weights,
     }
 
   def _given(self, batch: Batch) -> np.ndarray:
@@ -233,14 +233,14 @@ class EncoderDecoderModel:
   # ---- decoding ------------------------------------------------------------
 
   def predict_batch(
-      self,
-      frozen: Any,
-      trainable: Any,
-      batch: Batch,
-      *,
-      decode_fn: Callable[..., tuple[Any, Any]] = greedy,
-      num_decodes: int = 1,
-      **decode_kwargs: Any,
+    self,
+    frozen: Any,
+    trainable: Any,
+    batch: Batch,
+    *,
+    decode_fn: Callable[..., tuple[Any, Any]] = greedy,
+    num_decodes: int = 1,
+    **decode_kwargs: Any,
   ) -> tuple[Any, Any]:
     """Decoded ids [B, N, U] and their scores [B, N]; the best is last.
 
@@ -274,27 +274,27 @@ class EncoderDecoderModel:
     def step(ids, position, own):
       cache = train_state.unflatten({**shared, **own})
       logits, changed = network.apply(
-          {**many, 'cache': cache},
-          *inputs,
-          ids,
-          position,
-          method='decode_step',
-          mutable=['cache'],
+        {**many, 'cache': cache},
+        *inputs,
+        ids,
+        position,
+        method='decode_step',
+        mutable=['cache'],
       )
       changed = train_state.flatten(changed['cache'])
       return logits[:, 0], {k: changed[k] for k in own}
 
     return decode_fn(
-        forced,
-        own,
-        step,
-        num_decodes=num_decodes,
-        cache_batch_axis=axis,
-        **decode_kwargs,
+      forced,
+      own,
+      step,
+      num_decodes=num_decodes,
+      cache_batch_axis=axis,
+      **decode_kwargs,
     )
 
   def _fill_cache(
-      self, network: Any, variables: Any, batch: Batch
+    self, network: Any, variables: Any, batch: Batch
   ) -> tuple[Any, tuple[Any, ...]]:
     """The cache, and `decode_step`'s arguments that stay as they are."""
     tokens = batch['encoder_input_tokens']
@@ -302,13 +302,13 @@ class EncoderDecoderModel:
     start = jnp.zeros((tokens.shape[0], 1), jnp.int32)
     # Makes the cache; the first step is done once more by the search.
     _, made = network.apply(
-        variables,
-        encoded,
-        tokens,
-        start,
-        0,
-        method='decode_step',
-        mutable=['cache'],
+      variables,
+      encoded,
+      tokens,
+      start,
+      0,
+      method='decode_step',
+      mutable=['cache'],
     )
     return made['cache'], (encoded, tokens)
 
@@ -352,21 +352,21 @@ class DecoderOnlyModel(EncoderDecoderModel):
 
   def _network_inputs(self, batch: Batch) -> tuple[Any, ...]:
     return (
-        batch['decoder_input_tokens'],
-        batch.get('decoder_segment_ids'),
-        self._causal_attention(batch),
+      batch['decoder_input_tokens'],
+      batch.get('decoder_segment_ids'),
+      self._causal_attention(batch),
     )
 
   def _fill_cache(
-      self, network: Any, variables: Any, batch: Batch
+    self, network: Any, variables: Any, batch: Batch
   ) -> tuple[Any, tuple[Any, ...]]:
     """Keys and values of the inputs, which see each other as in training."""
     _, made = network.apply(
-        variables,
-        self._forced_tokens(batch),
-        self._causal_attention(batch),
-        method='prefill',
-        mutable=['cache'],
+      variables,
+      self._forced_tokens(batch),
+      self._causal_attention(batch),
+      method='prefill',
+      mutable=['cache'],
     )
     given = jnp.sum(batch['decoder_causal_attention'] > 0, axis=1)
     return made['cache'], (given,)

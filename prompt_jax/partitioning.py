@@ -29,27 +29,27 @@ def standard_logical_axis_rules() -> Rules:
   What a method adds is small: prompts, prefixes and ranks are on every device.
   """
   return (
-      ('batch', 'data'),
-      ('vocab', 'model'),
-      ('mlp', 'model'),
-      ('heads', 'model'),
-      ('joined_kv', 'model'),
-      ('embed', None),
-      ('kv', None),
-      ('length', None),
-      ('layers', None),
-      ('relpos_buckets', None),
-      ('prompt', None),
-      ('prompt_embed', None),
-      ('task', None),
-      ('rank', None),
+    ('batch', 'data'),
+    ('vocab', 'model'),
+    ('mlp', 'model'),
+    ('heads', 'model'),
+    ('joined_kv', 'model'),
+    ('embed', None),
+    ('kv', None),
+    ('length', None),
+    ('layers', None),
+    ('relpos_buckets', None),
+    ('prompt', None),
+    ('prompt_embed', None),
+    ('task', None),
+    ('rank', None),
   )
 
 
 def initialize_distributed(
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
 ) -> None:
   """`jax.distributed.initialize`, where there are several processes.
 
@@ -72,15 +72,15 @@ def initialize_distributed(
     found = env.get(name) if value is None else value
     if found is None:
       raise ValueError(
-          f'The coordinator is at {address}, but how many processes there are '
-          f'and which this one is are not both said: set {name}.'
+        f'The coordinator is at {address}, but how many processes there are '
+        f'and which this one is are not both said: set {name}.'
       )
     return int(found)
 
   jax.distributed.initialize(
-      address,
-      number(num_processes, 'JAX_NUM_PROCESSES'),
-      number(process_id, 'JAX_PROCESS_ID'),
+    address,
+    number(num_processes, 'JAX_NUM_PROCESSES'),
+    number(process_id, 'JAX_PROCESS_ID'),
   )
 
 
@@ -100,15 +100,13 @@ def make_mesh(data: int = -1, model: int = 1) -> jax.sharding.Mesh:
   size = count // model if data == -1 else data
   if size * model != count:
     raise ValueError(
-        f'A mesh of shape ({data}, {model}) does not fit {count} devices; the '
-        'product must be their number.'
+      f'A mesh of shape ({data}, {model}) does not fit {count} devices; the '
+      'product must be their number.'
     )
   # Auto: the compiler finds the layout of activations. Under JAX's explicit
   # default a gather from a sharded table is an error.
   auto = (jax.sharding.AxisType.Auto,) * 2
   return jax.make_mesh((size, model), ('data', 'model'), axis_types=auto)
-
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +159,8 @@ class Partitioner:
       unknown = {n for n in leaf.names if n is not None} - known
       if unknown:
         raise ValueError(
-            f'{jax.tree_util.keystr(path)}: no rule for the logical axes '
-            f'{sorted(unknown)}; add them to logical_axis_rules.'
+          f'{jax.tree_util.keystr(path)}: no rule for the logical axes '
+          f'{sorted(unknown)}; add them to logical_axis_rules.'
         )
       spec = nn.logical_to_mesh_axes(leaf.names, self.logical_axis_rules)
       sizes = self.mesh.shape
@@ -171,16 +169,16 @@ class Partitioner:
         fits = axis is None or length % sizes[axis] == 0
         if not fits:
           logging.info(
-              '%s: %d does not divide by %d devices; replicated.',
-              jax.tree_util.keystr(path),
-              length,
-              sizes[axis],
+            '%s: %d does not divide by %d devices; replicated.',
+            jax.tree_util.keystr(path),
+            length,
+            sizes[axis],
           )
         kept.append(axis if fits else None)
       return NamedSharding(self.mesh, PartitionSpec(*kept))
 
     return jax.tree_util.tree_map_with_path(
-        one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+      one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
     )
 
   def like(self, shardings: Any, tree: Any) -> Any:
@@ -191,8 +189,8 @@ class Partitioner:
     on every device.
     """
     by_path = {
-        _names(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
+      _names(path): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
     }
 
     def one(path: Any, leaf: Any) -> NamedSharding:
@@ -201,8 +199,8 @@ class Partitioner:
         found = by_path.get(names[start:])
         if found is not None and len(found.spec) == len(leaf.shape):
           fits = all(
-              axis is None or n % self.mesh.shape[axis] == 0
-              for n, axis in zip(leaf.shape, found.spec, strict=True)
+            axis is None or n % self.mesh.shape[axis] == 0
+            for n, axis in zip(leaf.shape, found.spec, strict=True)
           )
           return found if fits else self.replicated
       return self.replicated
@@ -232,20 +230,20 @@ class Partitioner:
     rows = len(next(iter(batch.values())))
     if rows % size:
       raise ValueError(
-          f'A batch of {rows} rows does not divide over the {size} devices of '
-          'the data axis; choose a BATCH_SIZE that is a multiple of it.'
+        f'A batch of {rows} rows does not divide over the {size} devices of '
+        'the data axis; choose a BATCH_SIZE that is a multiple of it.'
       )
     return {
-        name: self.put(x.shape, self.batch_sharding, lambda i, x=x: x[i])
-        for name, x in batch.items()
+      name: self.put(x.shape, self.batch_sharding, lambda i, x=x: x[i])
+      for name, x in batch.items()
     }
 
 
 def _names(path: Any) -> tuple[str, ...]:
   """The keys of a pytree path, whatever containers it goes through."""
   return tuple(
-      str(getattr(p, 'key', getattr(p, 'name', getattr(p, 'idx', p))))
-      for p in path
+    str(getattr(p, 'key', getattr(p, 'name', getattr(p, 'idx', p))))
+    for p in path
   )
 
 

@@ -5,8 +5,8 @@ the step from which it goes on, so that the file is that of a run that never
 stopped.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -44,12 +44,12 @@ class Window:
     steps, sums = max(self.steps, 1), self.sums
     tokens = max(sums.get('target_tokens', 0.0), 1.0)
     out = {
-        'loss': sums.get('loss', 0.0) / steps,
-        'z_loss': sums.get('z_loss', 0.0) / steps,
-        'token_accuracy': 100 * sums.get('correct_tokens', 0.0) / tokens,
-        'target_tokens': sums.get('target_tokens', 0.0),
-        'grad_norm': sums.get('grad_norm', 0.0) / steps,
-        'learning_rate': sums.get('learning_rate', 0.0) / steps,
+      'loss': sums.get('loss', 0.0) / steps,
+      'z_loss': sums.get('z_loss', 0.0) / steps,
+      'token_accuracy': 100 * sums.get('correct_tokens', 0.0) / tokens,
+      'target_tokens': sums.get('target_tokens', 0.0),
+      'grad_norm': sums.get('grad_norm', 0.0) / steps,
+      'learning_rate': sums.get('learning_rate', 0.0) / steps,
     }
     self.sums, self.steps, self.rows = {}, 0, 0
     return out
@@ -59,7 +59,7 @@ class Reporter:
   """Writes the files of a run, on process 0, and shows its progress."""
 
   def __init__(
-      self, directory: pathlib.Path, step: int, total_steps: int, task: str
+    self, directory: pathlib.Path, step: int, total_steps: int, task: str
   ):
     """Opens the files and cuts off what lies after `step`.
 
@@ -106,7 +106,7 @@ class Reporter:
       from tqdm import tqdm
 
       self._bar = tqdm(
-          total=self.total_steps, initial=step, unit='step', smoothing=0.1
+        total=self.total_steps, initial=step, unit='step', smoothing=0.1
       )
     try:
       yield
@@ -135,24 +135,24 @@ class Reporter:
     left = (self.total_steps - step) / max(rate, 1e-9)
     if self._bar is not None:
       self._bar.set_postfix_str(
-          f'loss {values["loss"]:.4g}, '
-          f'{values["examples_per_second"]:.1f} examples/s'
+        f'loss {values["loss"]:.4g}, '
+        f'{values["examples_per_second"]:.1f} examples/s'
       )
       return
     logging.info(
-        'step %d/%d: loss %.5g, token accuracy %.1f %%, %.2f steps/s, '
-        '%.1f examples/s, %s left',
-        step,
-        self.total_steps,
-        values['loss'],
-        values['token_accuracy'],
-        rate,
-        values['examples_per_second'],
-        _duration(left),
+      'step %d/%d: loss %.5g, token accuracy %.1f %%, %.2f steps/s, '
+      '%.1f examples/s, %s left',
+      step,
+      self.total_steps,
+      values['loss'],
+      values['token_accuracy'],
+      rate,
+      values['examples_per_second'],
+      _duration(left),
     )
 
   def evaluation(
-      self, step: int, split: str, found: Mapping[str, Mapping[str, float]]
+    self, step: int, split: str, found: Mapping[str, Mapping[str, float]]
   ) -> None:
     """A line for each task."""
     self.last_evaluation = {k: dict(v) for k, v in found.items()}
@@ -164,7 +164,7 @@ class Reporter:
     self._since = (time.monotonic(), step)
 
   def _write(
-      self, step: int, split: str, task: str, values: Mapping[str, float]
+    self, step: int, split: str, task: str, values: Mapping[str, float]
   ) -> None:
     if not self._main:
       return
@@ -174,8 +174,8 @@ class Reporter:
         f.write(json.dumps(line) + '\n')
     except OSError as e:
       raise checkpoints.CheckpointError(
-          f'{self._path} could not be written: {e.strerror}. The last '
-          'checkpoint is untouched; free some space and start again.'
+        f'{self._path} could not be written: {e.strerror}. The last '
+        'checkpoint is untouched; free some space and start again.'
       ) from e
     for name, value in values.items():
       self._writer.add_scalar(f'{split}/{task}/{name}', value, step)
@@ -220,7 +220,7 @@ def draw(metrics: pathlib.Path, picture: pathlib.Path) -> None:
       panel = f'training {name}' if line['split'] == 'train' else name
       label = f'{line["task"]}, {line["split"]}'
       curves.setdefault(panel, {}).setdefault(label, []).append(
-          (line['step'], line[name])
+        (line['step'], line[name])
       )
   if not curves:
     return

@@ -78,8 +78,8 @@ class Run:
       length = self.task_feature_lengths.get(name)
       if not isinstance(length, int) or length < 1:
         raise ValueError(
-            "TASK_FEATURE_LENGTHS must hold a length for 'inputs' and "
-            f"'targets', got {dict(self.task_feature_lengths)}."
+          "TASK_FEATURE_LENGTHS must hold a length for 'inputs' and "
+          f"'targets', got {dict(self.task_feature_lengths)}."
         )
 
   # ---- data ----------------------------------------------------------------
@@ -106,18 +106,18 @@ class Run:
     if isinstance(self.model, models.DecoderOnlyModel):
       cls = feature_converters.DecoderOnlyFeatureConverter
     return cls(
-        soft_ids=self.model.soft_ids,
-        vocab_size=self.model.config.vocab_size,
-        pack=pack,
+      soft_ids=self.model.soft_ids,
+      vocab_size=self.model.config.vocab_size,
+      pack=pack,
     )
 
   def dataset_config(self, **fields: Any) -> datasets.DatasetConfig:
     """A DatasetConfig of this run's task, with these fields."""
     return datasets.DatasetConfig(
-        mixture_or_task_name=self.mixture_or_task_name,
-        task_feature_lengths=self.task_feature_lengths,
-        seed=self.seed,
-        **fields,
+      mixture_or_task_name=self.mixture_or_task_name,
+      task_feature_lengths=self.task_feature_lengths,
+      seed=self.seed,
+      **fields,
     )
 
   @functools.cached_property
@@ -137,9 +137,7 @@ class Run:
   @functools.cached_property
   def expected(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the network's parameters, by path."""
-    return train_state.flatten(
-        partitioning.unbox(self.model.abstract_network)
-    )
+    return train_state.flatten(partitioning.unbox(self.model.abstract_network))
 
   def load(self) -> Base:
     """Reads or draws the base; each array is born sharded, and cast once.
@@ -159,10 +157,10 @@ class Run:
     network = {path: x for path, x in found.items() if path in keep}
     frozen = {path: x for path, x in found.items() if path not in keep}
     return Base(
-        frozen=train_state.unflatten(frozen),
-        network=train_state.unflatten(network),
-        fingerprint=dict(sorted(sums.items())),
-        step=step,
+      frozen=train_state.unflatten(frozen),
+      network=train_state.unflatten(network),
+      fingerprint=dict(sorted(sums.items())),
+      step=step,
     )
 
   def _read_base(self) -> tuple[dict[str, Any], int]:
@@ -170,13 +168,13 @@ class Run:
     put, shardings = self.partitioner.put, self.network_shardings
     if self.initial_checkpoint_path is None:
       logging.warning(
-          'INITIAL_CHECKPOINT_PATH is None: the frozen base is random, drawn '
-          'from seed %d. Its results mean nothing.',
-          self.seed,
+        'INITIAL_CHECKPOINT_PATH is None: the frozen base is random, drawn '
+        'from seed %d. Its results mean nothing.',
+        self.seed,
       )
       init = jax.jit(
-          lambda rng: partitioning.unbox(self.model.init_network(rng)),
-          out_shardings=train_state.unflatten(shardings),
+        lambda rng: partitioning.unbox(self.model.init_network(rng)),
+        out_shardings=train_state.unflatten(shardings),
       )
       params = train_state.flatten(init(jax.random.PRNGKey(self.seed)))
       return {path: (lambda x=x: x) for path, x in params.items()}, 0
@@ -201,38 +199,36 @@ class Run:
   def abstract_state(self, optimizer: Any, base: Base) -> Any:
     """Shapes and shardings of the train state."""
     init = functools.partial(
-        trainer.init_state, model=self.model, optimizer=optimizer
+      trainer.init_state, model=self.model, optimizer=optimizer
     )
     state = jax.eval_shape(init, self.init_rng(), base.params)
     embedding = self.model.embedding(base.params)
-    method = jax.eval_shape(
-        self.model.init_method, self.init_rng(), embedding
-    )
+    method = jax.eval_shape(self.model.init_method, self.init_rng(), embedding)
     tuned = {
-        path: self.network_shardings[path]
-        for path in train_state.flatten(base.network)
+      path: self.network_shardings[path]
+      for path in train_state.flatten(base.network)
     }
     trainable = {
-        'method': self.partitioner.shardings(method),
-        'network': train_state.unflatten(tuned),
+      'method': self.partitioner.shardings(method),
+      'network': train_state.unflatten(tuned),
     }
     replicated = self.partitioner.replicated
     shardings = train_state.TrainState(
-        step=replicated,
-        trainable=trainable,
-        opt_state=self.partitioner.like(trainable, state.opt_state),
-        rng=replicated,
+      step=replicated,
+      trainable=trainable,
+      opt_state=self.partitioner.like(trainable, state.opt_state),
+      rng=replicated,
     )
     return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        state,
-        shardings,
+      lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+      state,
+      shardings,
     )
 
   def init_state(self, optimizer: Any, base: Base, abstract: Any) -> Any:
     """The state before the first step, on the devices."""
     init = functools.partial(
-        trainer.init_state, model=self.model, optimizer=optimizer
+      trainer.init_state, model=self.model, optimizer=optimizer
     )
     shardings = jax.tree.map(lambda s: s.sharding, abstract)
     return jax.jit(init, out_shardings=shardings)(self.init_rng(), base.params)
@@ -246,10 +242,10 @@ class Run:
     """
     flat, header = checkpoints.load_trainable(path)
     checkpoints.check_header(
-        header,
-        path,
-        base.fingerprint,
-        vocabularies.fingerprint(self.model.vocabulary),
+      header,
+      path,
+      base.fingerprint,
+      vocabularies.fingerprint(self.model.vocabulary),
     )
     embedding = self.model.embedding(base.params)
     method = jax.eval_shape(self.model.init_method, self.init_rng(), embedding)
@@ -258,8 +254,8 @@ class Run:
     found = {'method': {}, 'network': {}} | found
     checkpoints.check_shapes(found, wanted, path)
     return jax.tree.map(
-        lambda x: self.partitioner.put(
-            x.shape, self.partitioner.replicated, lambda i, x=x: x[i]
-        ),
-        found,
+      lambda x: self.partitioner.put(
+        x.shape, self.partitioner.replicated, lambda i, x=x: x[i]
+      ),
+      found,
     )

@@ -91,8 +91,8 @@ def _pick(metric: str, found: evaluation.TaskMetrics) -> float:
   if not values:
     known = [f'{k}/{m}' for k, v in found.items() for m in v]
     raise ValueError(
-        f'best_metric {metric!r} is not among the metrics of the evaluation: '
-        f'{", ".join(known)}. A name without a task is the mean over tasks.'
+      f'best_metric {metric!r} is not among the metrics of the evaluation: '
+      f'{", ".join(known)}. A name without a task is the mean over tasks.'
     )
   return float(np.mean(values))
 
@@ -156,7 +156,7 @@ class Loop:
       while step < self.total_steps and not self.best.exhausted:
         batch = next(self.iterator)
         state, metrics = self.step_fn(
-            state, self.base.frozen, self.run.partitioner.put_batch(batch)
+          state, self.base.frozen, self.run.partitioner.put_batch(batch)
         )
         pending.append((step, batch, metrics))
         step += 1
@@ -166,7 +166,7 @@ class Loop:
           self._take(window, *pending.pop(0))
         if step % self.log_period == 0 or step == self.total_steps:
           self.reporter.train(step, window)
-        if due and step % self.eval_period == 0 or step == self.total_steps:
+        if (due and step % self.eval_period == 0) or step == self.total_steps:
           self._evaluate(step, state)
         leaving = terminated.now(step, self.log_period)
         if leaving:
@@ -186,7 +186,7 @@ class Loop:
       self._take(window, *pending.pop(0))
 
   def _take(
-      self, window: reporting.Window, step: int, batch: Any, metrics: Any
+    self, window: reporting.Window, step: int, batch: Any, metrics: Any
   ) -> None:
     """One step's metrics from the devices into the log's window."""
     metrics = jax.device_get(metrics)
@@ -195,11 +195,11 @@ class Loop:
       np.savez(path, **batch)
       self.checkpointer.wait()
       raise NonFiniteLoss(
-          f'The loss or its gradient is not finite at step {step} (loss '
-          f'{metrics["loss"]}, gradient norm {metrics["grad_norm"]}). The '
-          f'batch is in {path}; parameters were not changed by it, and the '
-          'last checkpoint is from before. Try a lower learning rate, float32 '
-          'or a global_norm_clip_threshold.'
+        f'The loss or its gradient is not finite at step {step} (loss '
+        f'{metrics["loss"]}, gradient norm {metrics["grad_norm"]}). The '
+        f'batch is in {path}; parameters were not changed by it, and the '
+        'last checkpoint is from before. Try a lower learning rate, float32 '
+        'or a global_norm_clip_threshold.'
       )
     window.add(metrics, rows=len(next(iter(batch.values()))))
     self.reporter.tick(step + 1)
@@ -214,62 +214,62 @@ class Loop:
 
   def _save(self, state: Any, window: reporting.Window) -> None:
     host = {
-        'data_position': self.iterator.position,
-        'window': window.saved(),
-        'best': self.best.saved(),
+      'data_position': self.iterator.position,
+      'window': window.saved(),
+      'best': self.best.saved(),
     }
     self.checkpointer.save(state, host)
 
   def _leave(self, step: int) -> None:
     self.checkpointer.wait()
     logging.warning(
-        'SIGTERM: saved step %d; the same command goes on from it.', step
+      'SIGTERM: saved step %d; the same command goes on from it.', step
     )
     raise SystemExit(143)
 
   def export(
-      self, state: Any, name: str, found: evaluation.TaskMetrics
+    self, state: Any, name: str, found: evaluation.TaskMetrics
   ) -> None:
     """The trained part with its header, small enough to send by mail."""
     if jax.process_index() != 0:
       return
     model = self.run.model
     header = {
-        'format': 'prompt_jax',
-        'method': repr(model.method),
-        'trainable_patterns': list(model.trainable_patterns),
-        'config': dataclasses.asdict(model.config),
-        'base': self.base.fingerprint,
-        'base_digest': fingerprints.digest(self.base.fingerprint),
-        'vocabulary': vocabularies.fingerprint(model.vocabulary),
-        'step': int(state.step),
-        'metrics': found,
-        'shapes': jax.tree.map(lambda x: list(x.shape), state.trainable),
+      'format': 'prompt_jax',
+      'method': repr(model.method),
+      'trainable_patterns': list(model.trainable_patterns),
+      'config': dataclasses.asdict(model.config),
+      'base': self.base.fingerprint,
+      'base_digest': fingerprints.digest(self.base.fingerprint),
+      'vocabulary': vocabularies.fingerprint(model.vocabulary),
+      'step': int(state.step),
+      'metrics': found,
+      'shapes': jax.tree.map(lambda x: list(x.shape), state.trainable),
     }
     trainable = jax.device_get(state.trainable)
     checkpoints.save_trainable(self.model_dir / name, trainable, header)
 
 
 def train(
-    run: run_lib.Run,
-    *,
-    model_dir: str,
-    total_steps: int,
-    batch_size: int,
-    optimizer: optax.GradientTransformationExtraArgs,
-    learning_rate_fn: Callable[[Any], Any],
-    pack: bool = False,
-    train_split: str = 'train',
-    eval_config: evaluation.EvalConfig | None = None,
-    num_microbatches: int = 1,
-    log_period: int = 100,
-    eval_period: int = 1000,
-    checkpoint_period: int = 1000,
-    keep_checkpoints: int | None = 3,
-    best_metric: str | None = None,
-    best_mode: str = 'max',
-    patience: int | None = None,
-    restore_optimizer_step: bool = True,
+  run: run_lib.Run,
+  *,
+  model_dir: str,
+  total_steps: int,
+  batch_size: int,
+  optimizer: optax.GradientTransformationExtraArgs,
+  learning_rate_fn: Callable[[Any], Any],
+  pack: bool = False,
+  train_split: str = 'train',
+  eval_config: evaluation.EvalConfig | None = None,
+  num_microbatches: int = 1,
+  log_period: int = 100,
+  eval_period: int = 1000,
+  checkpoint_period: int = 1000,
+  keep_checkpoints: int | None = 3,
+  best_metric: str | None = None,
+  best_mode: str = 'max',
+  patience: int | None = None,
+  restore_optimizer_step: bool = True,
 ) -> Any:
   """Trains, or goes on where an earlier start of this `model_dir` stopped.
 
@@ -299,17 +299,17 @@ def train(
     The last train state.
   """
   _check_periods(
-      total_steps=total_steps,
-      batch_size=batch_size,
-      log_period=log_period,
-      eval_period=eval_period,
-      checkpoint_period=checkpoint_period,
-      num_microbatches=num_microbatches,
+    total_steps=total_steps,
+    batch_size=batch_size,
+    log_period=log_period,
+    eval_period=eval_period,
+    checkpoint_period=checkpoint_period,
+    num_microbatches=num_microbatches,
   )
   if batch_size % num_microbatches:
     raise ValueError(
-        f'BATCH_SIZE {batch_size} cannot be cut into {num_microbatches} equal '
-        'microbatches.'
+      f'BATCH_SIZE {batch_size} cannot be cut into {num_microbatches} equal '
+      'microbatches.'
     )
   directory = pathlib.Path(model_dir)
   checkpoints.check_writable(model_dir)
@@ -319,35 +319,35 @@ def train(
     base = run.load()
     abstract = run.abstract_state(optimizer, base)
     checkpointer = checkpoints.Checkpointer(
-        model_dir, keep_checkpoints, base.fingerprint
+      model_dir, keep_checkpoints, base.fingerprint
     )
     state, host = _start(
-        run, base, abstract, optimizer, checkpointer, restore_optimizer_step
+      run, base, abstract, optimizer, checkpointer, restore_optimizer_step
     )
     best = dataclasses.replace(best, **host.get('best', {}))
     data = run.dataset_config(
-        split=train_split, batch_size=batch_size, shuffle=True, pack=pack
+      split=train_split, batch_size=batch_size, shuffle=True, pack=pack
     )
     logging.info('%s', _lengths(run, train_split))
     start = host.get('data_position', 0)
     loop = Loop(
-        run=run,
-        base=base,
-        step_fn=_compile(
-            run, abstract, optimizer, learning_rate_fn, num_microbatches
-        ),
-        iterator=datasets.TrainIterator(data, run.converter(pack), start),
-        checkpointer=checkpointer,
-        reporter=reporting.Reporter(
-            directory, int(state.step), total_steps, run.mixture_or_task_name
-        ),
-        evaluate=eval_config and evaluation.Evaluation(run, eval_config),
-        best=best,
-        total_steps=total_steps,
-        log_period=log_period,
-        eval_period=eval_period,
-        checkpoint_period=checkpoint_period,
-        model_dir=directory,
+      run=run,
+      base=base,
+      step_fn=_compile(
+        run, abstract, optimizer, learning_rate_fn, num_microbatches
+      ),
+      iterator=datasets.TrainIterator(data, run.converter(pack), start),
+      checkpointer=checkpointer,
+      reporter=reporting.Reporter(
+        directory, int(state.step), total_steps, run.mixture_or_task_name
+      ),
+      evaluate=eval_config and evaluation.Evaluation(run, eval_config),
+      best=best,
+      total_steps=total_steps,
+      log_period=log_period,
+      eval_period=eval_period,
+      checkpoint_period=checkpoint_period,
+      model_dir=directory,
     )
     _write_config(directory)
     state = loop.go(state, reporting.Window(**host.get('window', {})))
@@ -362,12 +362,12 @@ def _check_periods(**values: int) -> None:
 
 
 def _start(
-    run: run_lib.Run,
-    base: run_lib.Base,
-    abstract: Any,
-    optimizer: Any,
-    checkpointer: checkpoints.Checkpointer,
-    restore_optimizer_step: bool,
+  run: run_lib.Run,
+  base: run_lib.Base,
+  abstract: Any,
+  optimizer: Any,
+  checkpointer: checkpoints.Checkpointer,
+  restore_optimizer_step: bool,
 ) -> tuple[Any, dict[str, Any]]:
   """The newest checkpoint's state, or a new one."""
   if checkpointer.latest_step() is not None:
@@ -377,7 +377,7 @@ def _start(
   if restore_optimizer_step and base.step and adafactor:
     count = state.opt_state.count
     count = jax.device_put(
-        np.asarray(base.step, count.dtype), run.partitioner.replicated
+      np.asarray(base.step, count.dtype), run.partitioner.replicated
     )
     logging.info("Adafactor starts at the base's step %d.", base.step)
     state = state.replace(opt_state=state.opt_state._replace(count=count))
@@ -385,32 +385,32 @@ def _start(
 
 
 def _compile(
-    run: run_lib.Run,
-    abstract: Any,
-    optimizer: Any,
-    learning_rate_fn: Any,
-    num_microbatches: int,
+  run: run_lib.Run,
+  abstract: Any,
+  optimizer: Any,
+  learning_rate_fn: Any,
+  num_microbatches: int,
 ) -> Any:
   step = functools.partial(
-      trainer.train_step,
-      model=run.model,
-      optimizer=optimizer,
-      learning_rate_fn=learning_rate_fn,
-      num_microbatches=num_microbatches,
+    trainer.train_step,
+    model=run.model,
+    optimizer=optimizer,
+    learning_rate_fn=learning_rate_fn,
+    num_microbatches=num_microbatches,
   )
   shardings = jax.tree.map(lambda s: s.sharding, abstract)
   return jax.jit(
-      step,
-      donate_argnums=0,
-      out_shardings=(shardings, run.partitioner.replicated),
+    step,
+    donate_argnums=0,
+    out_shardings=(shardings, run.partitioner.replicated),
   )
 
 
 def _lengths(run: run_lib.Run, split: str) -> str:
   """How many texts are cut; said once, before the first step."""
   return '\n'.join(
-      str(datasets.length_report(name, split, run.task_feature_lengths))
-      for name in run.task_names
+    str(datasets.length_report(name, split, run.task_feature_lengths))
+    for name in run.task_names
   )
 
 

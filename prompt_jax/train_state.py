@@ -48,13 +48,13 @@ def split(params: Any, patterns: Sequence[str]) -> tuple[Any, Any]:
     if not any(re.fullmatch(pattern, path) for path in flat):
       near = deltas.near_misses(pattern, flat)
       raise ValueError(
-          f'trainable_patterns: no parameter of the network matches '
-          f'{pattern!r}.{near or f" Paths look like {min(flat)!r}."}'
+        f'trainable_patterns: no parameter of the network matches '
+        f'{pattern!r}.{near or f" Paths look like {min(flat)!r}."}'
       )
   chosen = {p for p in flat if any(re.fullmatch(r, p) for r in patterns)}
   return (
-      unflatten({p: v for p, v in flat.items() if p in chosen}),
-      unflatten({p: v for p, v in flat.items() if p not in chosen}),
+    unflatten({p: v for p, v in flat.items() if p in chosen}),
+    unflatten({p: v for p, v in flat.items() if p not in chosen}),
   )
 
 

@@ -21,15 +21,15 @@ Batch = Mapping[str, Any]
 
 
 def train_step(
-    state: TrainState,
-    frozen: Any,
-    batch: Batch,
-    learning_rate_scale: Any = 1.0,
-    *,
-    model: EncoderDecoderModel,
-    optimizer: optax.GradientTransformationExtraArgs,
-    learning_rate_fn: Callable[[Any], Any],
-    num_microbatches: int = 1,
+  state: TrainState,
+  frozen: Any,
+  batch: Batch,
+  learning_rate_scale: Any = 1.0,
+  *,
+  model: EncoderDecoderModel,
+  optimizer: optax.GradientTransformationExtraArgs,
+  learning_rate_fn: Callable[[Any], Any],
+  num_microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, Any]]:
   """One update of the trainable parameters.
 
@@ -51,7 +51,7 @@ def train_step(
   """
   rng = jax.random.fold_in(state.rng, state.step)
   factor, weights = losses.get_loss_normalizing_factor_and_weights(
-      model.loss_normalizing_factor, batch
+    model.loss_normalizing_factor, batch
   )
   if weights is not None:
     batch = {**batch, 'decoder_loss_weights': weights}
@@ -60,31 +60,31 @@ def train_step(
     return model.loss_fn(frozen, trainable, part, rng, factor)
 
   grads, sums = _accumulate(
-      loss_fn, state.trainable, batch, rng, num_microbatches
+    loss_fn, state.trainable, batch, rng, num_microbatches
   )
   learning_rate = learning_rate_fn(state.step) * learning_rate_scale
   updates, opt_state = optimizer.update(
-      grads, state.opt_state, state.trainable, learning_rate=learning_rate
+    grads, state.opt_state, state.trainable, learning_rate=learning_rate
   )
   new = TrainState(
-      step=state.step + 1,
-      trainable=optax.apply_updates(state.trainable, updates),
-      opt_state=opt_state,
-      rng=state.rng,
+    step=state.step + 1,
+    trainable=optax.apply_updates(state.trainable, updates),
+    opt_state=opt_state,
+    rng=state.rng,
   )
   grad_norm = optax.global_norm(grads)
   finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
   new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
   extra = {
-      'grad_norm': grad_norm,
-      'learning_rate': learning_rate,
-      'finite': finite,
+    'grad_norm': grad_norm,
+    'learning_rate': learning_rate,
+    'finite': finite,
   }
   return new, sums | extra
 
 
 def _accumulate(
-    loss_fn: Any, trainable: Any, batch: Batch, rng: Any, parts: int
+  loss_fn: Any, trainable: Any, batch: Batch, rng: Any, parts: int
 ) -> tuple[Any, dict[str, Any]]:
   """Gradients and sums of the batch, one part at a time."""
   grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -94,8 +94,8 @@ def _accumulate(
   def cut(x: Any) -> Any:
     if x.shape[0] % parts:
       raise ValueError(
-          f'A batch of {x.shape[0]} rows cannot be cut into {parts} equal '
-          'microbatches.'
+        f'A batch of {x.shape[0]} rows cannot be cut into {parts} equal '
+        'microbatches.'
       )
     # Row i goes to part i % parts, so that each part lies on all devices.
     return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
@@ -113,11 +113,11 @@ def _accumulate(
 
 
 def init_state(
-    rng: Any,
-    params: Any,
-    *,
-    model: EncoderDecoderModel,
-    optimizer: optax.GradientTransformationExtraArgs,
+  rng: Any,
+  params: Any,
+  *,
+  model: EncoderDecoderModel,
+  optimizer: optax.GradientTransformationExtraArgs,
 ) -> TrainState:
   """The state before the first step.
 
@@ -132,15 +132,15 @@ def init_state(
   method = model.init_method(init_rng, model.embedding(params))
   trainable = {'method': partitioning.unbox(method), 'network': network}
   return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      trainable=trainable,
-      opt_state=optimizer.init(trainable),
-      rng=run_rng,
+    step=jnp.zeros((), jnp.int32),
+    trainable=trainable,
+    opt_state=optimizer.init(trainable),
+    rng=run_rng,
   )
 
 
 def eval_step(
-    trainable: Any, frozen: Any, batch: Batch, *, model: EncoderDecoderModel
+  trainable: Any, frozen: Any, batch: Batch, *, model: EncoderDecoderModel
 ) -> dict[str, Any]:
   """Sums of metrics over a batch, without dropout; loss is a sum."""
   return model.loss_fn(frozen, trainable, batch)[1]

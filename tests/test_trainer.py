@@ -85,9 +85,7 @@ def test_prompt_trajectory_is_the_reference(shared, run):
       err_msg=f'step {i}',
     )
     if i == 0:
-      np.testing.assert_allclose(
-        metrics['loss'], golden['loss'][0], rtol=1e-6
-      )
+      np.testing.assert_allclose(metrics['loss'], golden['loss'][0], rtol=1e-6)
     elif not tiny:
       np.testing.assert_allclose(
         metrics['loss'], golden['loss'][i], atol=1e-3, rtol=0
@@ -270,14 +268,18 @@ def test_no_gradient_of_a_frozen_leaf_is_formed():
       trainable={'method': state.trainable['method'], 'network': tuned}
     )
     start = start.replace(opt_state=optimizer.init(start.trainable))
-    text = jax.jit(
-      functools.partial(
-        trainer.train_step,
-        model=other,
-        optimizer=optimizer,
-        learning_rate_fn=schedules.constant(0.3),
+    text = (
+      jax.jit(
+        functools.partial(
+          trainer.train_step,
+          model=other,
+          optimizer=optimizer,
+          learning_rate_fn=schedules.constant(0.3),
+        )
       )
-    ).lower(start, frozen, batch).as_text()
+      .lower(start, frozen, batch)
+      .as_text()
+    )
     # A kernel's gradient sums over batch and length, which nothing else does.
     return text.count('contracting_dims = [0, 1] x [0, 1]')
 

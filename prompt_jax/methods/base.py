@@ -67,8 +67,8 @@ class Context:
       paths = [s.path for s in self.sites]
       near = deltas.near_misses(pattern, paths)
       raise ValueError(
-          f'No projection of the network matches {pattern!r}.'
-          f'{near or f" Paths look like {paths[0]!r}."}'
+        f'No projection of the network matches {pattern!r}.'
+        f'{near or f" Paths look like {paths[0]!r}."}'
       )
     return found
 
@@ -84,9 +84,9 @@ class Context:
       return deltas.Routed(table)
     if self.task_ids is None:
       raise ValueError(
-          f'A method keeps {groups} tasks apart, but the batch has no '
-          '`task_ids` [B]. Give the tasks a `task_ids` feature, and do not '
-          'pack: a packed row holds examples of several tasks.'
+        f'A method keeps {groups} tasks apart, but the batch has no '
+        '`task_ids` [B]. Give the tasks a `task_ids` feature, and do not '
+        'pack: a packed row holds examples of several tasks.'
       )
     group = jnp.broadcast_to(self.task_ids, (*layers, *self.task_ids.shape))
     return deltas.Routed(table, group)
@@ -132,8 +132,8 @@ def soft_ids(method: Any, vocab_size: int) -> np.ndarray:
   for g, length in tables:
     if g not in (1, groups):
       raise ValueError(
-          f'The methods of a chain keep {g} and {groups} tasks apart; the '
-          'numbers must be equal, or 1 for what all tasks share.'
+        f'The methods of a chain keep {g} and {groups} tasks apart; the '
+        'numbers must be equal, or 1 for what all tasks share.'
       )
     ids = start + np.arange(g * length, dtype=np.int32).reshape(g, length)
     columns.append(np.broadcast_to(ids, (groups, length)))
@@ -146,9 +146,9 @@ def sites(boxed_params: Any) -> tuple[Site, ...]:
   """The projections of a network, from its parameters with axis names."""
   flat = traverse_util.flatten_dict(boxed_params, sep='/')
   return tuple(
-      Site(path.removesuffix('/kernel'), box.value.shape, box.names)
-      for path, box in sorted(flat.items())
-      if path.endswith('/kernel')
+    Site(path.removesuffix('/kernel'), box.value.shape, box.names)
+    for path, box in sorted(flat.items())
+    if path.endswith('/kernel')
   )
 
 
@@ -163,8 +163,8 @@ def modules(params: Any) -> tuple[str, ...]:
 def context(config: T5Config, boxed_params: Any, embedding: Any) -> Context:
   """A Context without a batch, for making a method's parameters."""
   return Context(
-      embedding=embedding,
-      config=config,
-      sites=sites(boxed_params),
-      modules=modules(boxed_params),
+    embedding=embedding,
+    config=config,
+    sites=sites(boxed_params),
+    modules=modules(boxed_params),
   )

@@ -33,14 +33,14 @@ class RandomUniform:
   def __post_init__(self):
     if not self.minval < self.maxval:
       raise ValueError(
-          'RandomUniform needs minval < maxval, got '
-          f'{self.minval} and {self.maxval}.'
+        'RandomUniform needs minval < maxval, got '
+        f'{self.minval} and {self.maxval}.'
       )
 
   def __call__(self, rng, shape, embedding) -> Float[Array, 'P D']:
     """Draws the whole prompt."""
     return jax.random.uniform(
-        rng, tuple(shape), jnp.float32, self.minval, self.maxval
+      rng, tuple(shape), jnp.float32, self.minval, self.maxval
     )
 
 
@@ -57,7 +57,7 @@ class SampledVocab:
   def __post_init__(self):
     if self.vocab_limit < 1:
       raise ValueError(
-          f'SampledVocab.vocab_limit must be at least 1, got {self.vocab_limit}'
+        f'SampledVocab.vocab_limit must be at least 1, got {self.vocab_limit}'
       )
 
   def __call__(self, rng, shape, embedding) -> Float[Array, 'P D']:
@@ -71,11 +71,11 @@ class SampledVocab:
 def _put_rows(rows: list[Any], prompt: Any, what: str) -> Any:
   if len(rows) > prompt.shape[0]:
     logging.warning(
-        '%d %s for a prompt of length %d: the last %d are left out.',
-        len(rows),
-        what,
-        prompt.shape[0],
-        len(rows) - prompt.shape[0],
+      '%d %s for a prompt of length %d: the last %d are left out.',
+      len(rows),
+      what,
+      prompt.shape[0],
+      len(rows) - prompt.shape[0],
     )
     rows = rows[: prompt.shape[0]]
   if not rows:
@@ -108,8 +108,8 @@ class ClassLabels:
   def __call__(self, rng, shape, embedding) -> Float[Array, 'P D']:
     """The labels' rows in front of the fallback's."""
     rows = [
-        jnp.mean(embedding[_pieces(self.vocabulary, label)], axis=0)
-        for label in self.labels
+      jnp.mean(embedding[_pieces(self.vocabulary, label)], axis=0)
+      for label in self.labels
     ]
     return _put_rows(rows, self.fallback(rng, shape, embedding), 'labels')
 
@@ -165,8 +165,8 @@ class FromFile:
         raise ValueError(f'{self.path}: not a numpy array file: {e}') from e
     if prompt.shape != tuple(shape):
       raise ValueError(
-          f'{self.path}: the prompt has shape {prompt.shape}, expected '
-          f'{tuple(shape)} (prompt length, emb_dim of the network).'
+        f'{self.path}: the prompt has shape {prompt.shape}, expected '
+        f'{tuple(shape)} (prompt length, emb_dim of the network).'
       )
     return prompt
 
@@ -176,6 +176,6 @@ class FromFile:
     arrays = safetensors_numpy.load_file(path)
     if self.name not in arrays:
       raise ValueError(
-          f'{self.path}: no array {self.name!r}; there are {sorted(arrays)}.'
+        f'{self.path}: no array {self.name!r}; there are {sorted(arrays)}.'
       )
     return arrays[self.name]

@@ -40,8 +40,8 @@ class SoftPrompt(nn.Module):
       value = getattr(self, field)
       if not isinstance(value, int) or value < 1:
         raise ValueError(
-            f'SoftPrompt.{field} must be a whole number of at least 1, got '
-            f'{value!r}.'
+          f'SoftPrompt.{field} must be a whole number of at least 1, got '
+          f'{value!r}.'
         )
     super().__post_init__()
 
@@ -61,11 +61,11 @@ class SoftPrompt(nn.Module):
       shape, axes = (self.num_tasks, *shape), ('task', *axes)
       init = self._init_all
     prompt = layers.param(
-        self,
-        'prompt',
-        lambda rng, shape, dtype: init(rng, shape, context).astype(dtype),
-        shape,
-        axes,
+      self,
+      'prompt',
+      lambda rng, shape, dtype: init(rng, shape, context).astype(dtype),
+      shape,
+      axes,
     )
     rows = prompt.reshape(1, -1, width)
     return {f'{context.embedder}/rows': deltas.Routed(rows)}

@@ -19,10 +19,10 @@ from prompt_jax.network.layers import T5Config
 
 
 def relative_position_bucket(
-    relative_position: Int[Array, 'U T'],
-    bidirectional: bool,
-    num_buckets: int,
-    max_distance: int,
+  relative_position: Int[Array, 'U T'],
+  bidirectional: bool,
+  num_buckets: int,
+  max_distance: int,
 ) -> Int[Array, 'U T']:
   """The bucket of each distance, key position minus query position.
 
@@ -63,24 +63,24 @@ class RelativePositionBias(nn.Module):
 
   @nn.compact
   def __call__(
-      self, query_length: int, key_length: int, offset: Any = 0
+    self, query_length: int, key_length: int, offset: Any = 0
   ) -> Float[Array, '1 H U T']:
     """Bias of queries at `offset`, `offset + 1`, ... against keys from 0."""
     c = self.config
     table = layers.param(
-        self,
-        'rel_embedding',
-        nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
-        (c.num_heads, c.relpos_num_buckets),
-        ('heads', 'relpos_buckets'),
+      self,
+      'rel_embedding',
+      nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+      (c.num_heads, c.relpos_num_buckets),
+      ('heads', 'relpos_buckets'),
     )
     query = jnp.arange(query_length, dtype=jnp.int32)[:, None] + offset
     relative = jnp.arange(key_length, dtype=jnp.int32)[None, :] - query
     bucket = relative_position_bucket(
-        relative,
-        self.bidirectional,
-        c.relpos_num_buckets,
-        c.relpos_max_distance,
+      relative,
+      self.bidirectional,
+      c.relpos_num_buckets,
+      c.relpos_max_distance,
     )
     return jnp.take(table.astype(c.dtype), bucket, axis=1)[None]
 
@@ -88,7 +88,7 @@ class RelativePositionBias(nn.Module):
 def _attend_with_dropout(query, key, value, bias, mask, rate, rng):
   """Attention whose weights are dropped; one mask for all queries, as T5X."""
   logits = jnp.einsum(
-      'buhk,bthk->bhut', query, key, preferred_element_type=jnp.float32
+    'buhk,bthk->bhut', query, key, preferred_element_type=jnp.float32
   )
   if bias is not None:
     logits = logits + bias.astype(jnp.float32)
@@ -117,13 +117,13 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: Float[Array, 'B U D'],
-      context: Float[Array, 'B T D'] | None,
-      bias: Float[Array, '#B H U S'] | None,
-      mask: Bool[Array, '#B 1 #U S'],
-      position: Any = None,
-      keep: Any = None,
+    self,
+    x: Float[Array, 'B U D'],
+    context: Float[Array, 'B T D'] | None,
+    bias: Float[Array, '#B H U S'] | None,
+    mask: Bool[Array, '#B 1 #U S'],
+    position: Any = None,
+    keep: Any = None,
   ) -> Float[Array, 'B U D']:
     """Queries from x; keys and values from `context`, or from x if None.
 
@@ -139,27 +139,27 @@ class Attention(nn.Module):
     else:
       key, value = self._computed_once(context)
     key, value, bias, mask = deltas.adapt_keys_values(
-        self, key, value, bias, mask
+      self, key, value, bias, mask
     )
     if self.deterministic or c.dropout_rate == 0.0:
       # T5 folds the scale into the initial query kernel.
       y = jax.nn.dot_product_attention(
-          query,
-          key,
-          value,
-          bias,
-          mask,
-          scale=1.0,
-          implementation=c.attention_implementation,  # pyright: ignore
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=1.0,
+        implementation=c.attention_implementation,  # pyright: ignore
       )
     else:
       rng = self.make_rng('dropout')
       y = _attend_with_dropout(
-          query, key, value, bias, mask, c.dropout_rate, rng
+        query, key, value, bias, mask, c.dropout_rate, rng
       )
     y = y.reshape(*x.shape[:2], -1)
     out = layers.Dense(
-        c.emb_dim, ('joined_kv', 'embed'), layers.attention_init, name='out'
+      c.emb_dim, ('joined_kv', 'embed'), layers.attention_init, name='out'
     )
     return deltas.adapt_sublayer(self, out(y))
 
@@ -169,7 +169,7 @@ class Attention(nn.Module):
     if name == 'query':
       init = lambda *args: layers.attention_init(*args) * c.head_dim**-0.5
     dense = layers.Dense(
-        c.num_heads * c.head_dim, ('embed', 'joined_kv'), init, name=name
+      c.num_heads * c.head_dim, ('embed', 'joined_kv'), init, name=name
     )
     y = dense(x).reshape(*x.shape[:2], c.num_heads, c.head_dim)
     return nn.with_logical_constraint(y, ('batch', 'length', 'heads', 'kv'))
@@ -181,17 +181,17 @@ class Attention(nn.Module):
     """Keys and values of all positions so far, x's among them."""
     found = []
     for name, new in zip(
-        ('cached_key', 'cached_value'), self._keys_values(x), strict=True
+      ('cached_key', 'cached_value'), self._keys_values(x), strict=True
     ):
       shape = (new.shape[0], self.decode_length, *new.shape[2:])
       cached = self.variable('cache', name, jnp.zeros, shape, new.dtype)
       if keep is not None:
         old = jax.lax.dynamic_slice_in_dim(
-            cached.value, position, new.shape[1], axis=1
+          cached.value, position, new.shape[1], axis=1
         )
         new = jnp.where(keep[:, None, None, None], old, new)
       cached.value = jax.lax.dynamic_update_slice_in_dim(
-          cached.value, new, position, axis=1
+        cached.value, new, position, axis=1
       )
       found.append(cached.value)
     return found[0], found[1]
@@ -203,6 +203,6 @@ class Attention(nn.Module):
       self.put_variable('cache', 'cached_key', key)
       self.put_variable('cache', 'cached_value', value)
     return (
-        self.get_variable('cache', 'cached_key'),
-        self.get_variable('cache', 'cached_value'),
+      self.get_variable('cache', 'cached_key'),
+      self.get_variable('cache', 'cached_value'),
     )

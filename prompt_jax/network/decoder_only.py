@@ -24,23 +24,23 @@ class DecoderOnly(nn.Module):
 
   def setup(self):
     self.decoder = t5.Decoder(
-        self.config, None, self.deterministic, self.decode_length
+      self.config, None, self.deterministic, self.decode_length
     )
 
   def prefill(
-      self,
-      tokens: Int[Array, 'B U'],
-      causal_attention: Int[Array, 'B U'] | None = None,
+    self,
+    tokens: Int[Array, 'B U'],
+    causal_attention: Int[Array, 'B U'] | None = None,
   ) -> Float[Array, 'B U V']:
     """Logits of all positions; their keys and values go into `cache`."""
     mask = self._mask(tokens, None, causal_attention)
     return self.decoder(tokens, mask, position=0)
 
   def decode_step(
-      self,
-      prefix_length: Int[Array, 'B'],
-      tokens: Int[Array, 'B 1'],
-      position: Any,
+    self,
+    prefix_length: Int[Array, 'B'],
+    tokens: Int[Array, 'B 1'],
+    position: Any,
   ) -> Float[Array, 'B 1 V']:
     """Logits after one more token; keys and values are in `cache`.
 
@@ -49,7 +49,7 @@ class DecoderOnly(nn.Module):
     """
     seen = jnp.arange(self.decode_length) <= position
     mask = jnp.broadcast_to(
-        seen[None, None, None], (tokens.shape[0], 1, 1, self.decode_length)
+      seen[None, None, None], (tokens.shape[0], 1, 1, self.decode_length)
     )
     keep = position < prefix_length
     return self.decoder(tokens, mask, position=position, keep=keep)
@@ -59,13 +59,13 @@ class DecoderOnly(nn.Module):
     return jnp.broadcast_to(mask, (tokens.shape[0], *mask.shape[1:]))
 
   def __call__(
-      self,
-      decoder_input_tokens: Int[Array, 'B U'],
-      decoder_segment_ids: Int[Array, 'B U'] | None = None,
-      decoder_causal_attention: Int[Array, 'B U'] | None = None,
+    self,
+    decoder_input_tokens: Int[Array, 'B U'],
+    decoder_segment_ids: Int[Array, 'B U'] | None = None,
+    decoder_causal_attention: Int[Array, 'B U'] | None = None,
   ) -> Float[Array, 'B U V']:
     """Logits [B, U, V] for the token after each input token."""
     mask = self._mask(
-        decoder_input_tokens, decoder_segment_ids, decoder_causal_attention
+      decoder_input_tokens, decoder_segment_ids, decoder_causal_attention
     )
     return self.decoder(decoder_input_tokens, mask)

@@ -20,15 +20,13 @@ Initializer = Callable[..., Array]
 
 # T5X, t5x/examples/t5/layers.py: what each kernel is drawn from.
 attention_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
-dense_init = nn.initializers.variance_scaling(
-    1.0, 'fan_in', 'truncated_normal'
-)
+dense_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    'gelu': functools.partial(nn.gelu, approximate=True),
-    'relu': nn.relu,
-    'silu': nn.silu,
-    'linear': lambda x: x,
+  'gelu': functools.partial(nn.gelu, approximate=True),
+  'relu': nn.relu,
+  'silu': nn.silu,
+  'linear': lambda x: x,
 }
 
 
@@ -90,38 +88,38 @@ class T5Config:
     _one_of('dtype', self.dtype, ('float32', 'bfloat16'))
     _one_of('remat_policy', self.remat_policy, ('none', 'minimal', 'full'))
     _one_of(
-        'attention_implementation',
-        self.attention_implementation,
-        ('xla', 'cudnn'),
+      'attention_implementation',
+      self.attention_implementation,
+      ('xla', 'cudnn'),
     )
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       low = 0 if field.name in ('num_encoder_layers', 'scan_unroll') else 1
       if field.type is int and not (isinstance(value, int) and value >= low):
         raise ValueError(
-            f'T5Config.{field.name} must be a whole number of at least {low}, '
-            f'got {value!r}.'
+          f'T5Config.{field.name} must be a whole number of at least {low}, '
+          f'got {value!r}.'
         )
     if not 0.0 <= self.dropout_rate < 1.0:
       raise ValueError(
-          f'T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.'
+        f'T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.'
       )
 
 
 def _one_of(field: str, value: str, allowed: Any) -> None:
   if value not in allowed:
     raise ValueError(
-        f'T5Config.{field} must be one of {", ".join(allowed)}, got {value!r}.'
-        f'{deltas.near_misses(str(value), allowed)}'
+      f'T5Config.{field} must be one of {", ".join(allowed)}, got {value!r}.'
+      f'{deltas.near_misses(str(value), allowed)}'
     )
 
 
 def param(
-    module: nn.Module,
-    name: str,
-    init: Initializer,
-    shape: Sequence[int],
-    axes: Sequence[str | None],
+  module: nn.Module,
+  name: str,
+  init: Initializer,
+  shape: Sequence[int],
+  axes: Sequence[str | None],
 ) -> Array:
   """A float32 parameter that knows the logical names of its axes."""
   # linen types the boxed initializer's result as the box, not as its array.
@@ -157,11 +155,11 @@ class Embed(nn.Module):
   def setup(self):
     c = self.config
     self.embedding = param(
-        self,
-        'embedding',
-        nn.initializers.normal(1.0),
-        (c.vocab_size, c.emb_dim),
-        ('vocab', 'embed'),
+      self,
+      'embedding',
+      nn.initializers.normal(1.0),
+      (c.vocab_size, c.emb_dim),
+      ('vocab', 'embed'),
     )
 
   def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
@@ -182,7 +180,7 @@ class Embed(nn.Module):
 
 
 def float32_product(
-    y: Float[Array, 'B U D'], kernel: Float[Array, 'D V']
+  y: Float[Array, 'B U D'], kernel: Float[Array, 'D V']
 ) -> Float[Array, 'B U V']:
   """`y W` summed and returned in float32, whatever the kernel is kept in."""
   y = y.astype(kernel.dtype)

@@ -20,8 +20,8 @@ from prompt_jax.network.layers import T5Config
 __all__ = ['T5', 'Decoder', 'Encoder', 'T5Config']
 
 _REMAT = {
-    'minimal': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    'full': jax.checkpoint_policies.nothing_saveable,
+  'minimal': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -39,9 +39,9 @@ class EncoderLayer(nn.Module):
   def __call__(self, x: Float[Array, 'B T D'], bias: Any, mask: Any):
     drop = layers.dropout(self.config, self.deterministic)
     h = layers.RMSNorm(name='pre_attention_layer_norm')(x)
-    h = attention.Attention(
-        self.config, self.deterministic, name='attention'
-    )(h, None, bias, mask)
+    h = attention.Attention(self.config, self.deterministic, name='attention')(
+      h, None, bias, mask
+    )
     x = _hidden(x + drop(h))
     h = layers.RMSNorm(name='pre_mlp_layer_norm')(x)
     h = layers.Mlp(self.config, self.deterministic, name='mlp')(h)
@@ -59,26 +59,26 @@ class DecoderLayer(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: Float[Array, 'B U D'],
-      bias: Any,
-      mask: Any,
-      encoded: Any,
-      cross_mask: Any,
-      position: Any,
-      keep: Any,
+    self,
+    x: Float[Array, 'B U D'],
+    bias: Any,
+    mask: Any,
+    encoded: Any,
+    cross_mask: Any,
+    position: Any,
+    keep: Any,
   ):
     c, deterministic = self.config, self.deterministic
     drop = layers.dropout(c, deterministic)
     h = layers.RMSNorm(name='pre_self_attention_layer_norm')(x)
     h = attention.Attention(
-        c, deterministic, self.decode_length, name='self_attention'
+      c, deterministic, self.decode_length, name='self_attention'
     )(h, None, bias, mask, position, keep)
     x = _hidden(x + drop(h))
     if encoded is not None:
       h = layers.RMSNorm(name='pre_cross_attention_layer_norm')(x)
       h = attention.Attention(
-          c, deterministic, name='encoder_decoder_attention'
+        c, deterministic, name='encoder_decoder_attention'
       )(h, encoded, None, cross_mask, position)
       x = _hidden(x + drop(h))
     h = layers.RMSNorm(name='pre_mlp_layer_norm')(x)
@@ -90,36 +90,36 @@ class DecoderLayer(nn.Module):
 def _sow_hidden(module: nn.Module, x: Array) -> None:
   """Hands the layer's output to whoever asks for `intermediates`."""
   module.sow(
-      'intermediates',
-      'hidden',
-      x,
-      reduce_fn=lambda _, new: new,
-      init_fn=lambda: None,
+    'intermediates',
+    'hidden',
+    x,
+    reduce_fn=lambda _, new: new,
+    init_fn=lambda: None,
   )
 
 
 def _run_layers(layer: Any, config: T5Config, length: int, x, *shared, **kw):
-  """x through `length` layers, scanned or in a loop; `shared` goes to all."""
+  """X through `length` layers, scanned or in a loop; `shared` goes to all."""
   if config.remat_policy != 'none':
     layer = nn.remat(
-        layer,
-        policy=_REMAT[config.remat_policy],
-        prevent_cse=not config.scan_layers,
+      layer,
+      policy=_REMAT[config.remat_policy],
+      prevent_cse=not config.scan_layers,
     )
   if not config.scan_layers:
     for i in range(length):
       x, _ = layer(config, **kw, name=f'layers_{i}')(x, *shared)
     return x
   scanned: Any = nn.scan(
-      layer,
-      variable_axes=dict.fromkeys(
-          ('params', 'deltas', 'cache', 'intermediates'), 0
-      ),
-      split_rngs={'params': True, 'dropout': True},
-      in_axes=nn.broadcast,
-      length=length,
-      unroll=config.scan_unroll or length,
-      metadata_params={nn.PARTITION_NAME: 'layers'},
+    layer,
+    variable_axes=dict.fromkeys(
+      ('params', 'deltas', 'cache', 'intermediates'), 0
+    ),
+    split_rngs={'params': True, 'dropout': True},
+    in_axes=nn.broadcast,
+    length=length,
+    unroll=config.scan_unroll or length,
+    metadata_params={nn.PARTITION_NAME: 'layers'},
   )
   return scanned(config, **kw, name='layers')(x, *shared)[0]
 
@@ -133,25 +133,25 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      tokens: Int[Array, 'B T'],
-      segment_ids: Int[Array, 'B T'] | None = None,
+    self,
+    tokens: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'] | None = None,
   ) -> Float[Array, 'B T D']:
     c, length = self.config, tokens.shape[1]
     drop = layers.dropout(c, self.deterministic)
     mask = encoder_mask(tokens, segment_ids, segment_ids)
     x = drop(_hidden(self.shared_embedding(tokens)))
     bias = attention.RelativePositionBias(
-        c, bidirectional=True, name='relpos_bias'
+      c, bidirectional=True, name='relpos_bias'
     )(length, length)
     x = _run_layers(
-        EncoderLayer,
-        c,
-        c.num_encoder_layers,
-        x,
-        bias,
-        mask,
-        deterministic=self.deterministic,
+      EncoderLayer,
+      c,
+      c.num_encoder_layers,
+      x,
+      bias,
+      mask,
+      deterministic=self.deterministic,
     )
     x = drop(layers.RMSNorm(name='encoder_norm')(x))
     # As flaxformer does: an example that is all padding has a defined output.
@@ -175,13 +175,13 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      tokens: Int[Array, 'B U'],
-      mask: Bool[Array, '#B 1 U S'],
-      encoded: Float[Array, 'B T D'] | None = None,
-      cross_mask: Any = None,
-      position: Any = None,
-      keep: Any = None,
+    self,
+    tokens: Int[Array, 'B U'],
+    mask: Bool[Array, '#B 1 U S'],
+    encoded: Float[Array, 'B T D'] | None = None,
+    cross_mask: Any = None,
+    position: Any = None,
+    keep: Any = None,
   ) -> Float[Array, 'B U V']:
     """Logits for the token after each of `tokens`.
 
@@ -201,21 +201,21 @@ class Decoder(nn.Module):
     drop = layers.dropout(c, self.deterministic)
     x = drop(_hidden(embedder(tokens)))
     bias = attention.RelativePositionBias(
-        c, bidirectional=False, name='relpos_bias'
+      c, bidirectional=False, name='relpos_bias'
     )(tokens.shape[1], mask.shape[-1], 0 if position is None else position)
     x = _run_layers(
-        DecoderLayer,
-        c,
-        c.num_decoder_layers,
-        x,
-        bias,
-        mask,
-        encoded,
-        cross_mask,
-        position,
-        keep,
-        deterministic=self.deterministic,
-        decode_length=self.decode_length,
+      DecoderLayer,
+      c,
+      c.num_decoder_layers,
+      x,
+      bias,
+      mask,
+      encoded,
+      cross_mask,
+      position,
+      keep,
+      deterministic=self.deterministic,
+      decode_length=self.decode_length,
     )
     x = drop(layers.RMSNorm(name='decoder_norm')(x))
     if c.logits_via_embedding:
@@ -226,9 +226,9 @@ class Decoder(nn.Module):
 
 
 def encoder_mask(
-    tokens: Int[Array, 'B T'],
-    query_segments: Int[Array, 'B U'] | None,
-    key_segments: Int[Array, 'B T'] | None,
+  tokens: Int[Array, 'B T'],
+  query_segments: Int[Array, 'B U'] | None,
+  key_segments: Int[Array, 'B T'] | None,
 ) -> Bool[Array, 'B 1 #U T']:
   """True at keys that are no padding and, if packed, of the same example."""
   mask = (jnp.asarray(tokens) > 0)[:, None, None, :]
@@ -239,9 +239,9 @@ def encoder_mask(
 
 
 def decoder_mask(
-    length: int,
-    segment_ids: Int[Array, 'B U'] | None = None,
-    causal_attention: Int[Array, 'B U'] | None = None,
+  length: int,
+  segment_ids: Int[Array, 'B U'] | None = None,
+  causal_attention: Int[Array, 'B U'] | None = None,
 ) -> Bool[Array, '#B 1 U U']:
   """True at keys that are not later and, if packed, of the same example.
 
@@ -280,41 +280,41 @@ class T5(nn.Module):
     self.token_embedder = layers.Embed(c)
     self.encoder = Encoder(c, self.token_embedder, self.deterministic)
     self.decoder = Decoder(
-        c, self.token_embedder, self.deterministic, self.decode_length
+      c, self.token_embedder, self.deterministic, self.decode_length
     )
 
   def encode(
-      self,
-      encoder_input_tokens: Int[Array, 'B T'],
-      encoder_segment_ids: Int[Array, 'B T'] | None = None,
+    self,
+    encoder_input_tokens: Int[Array, 'B T'],
+    encoder_segment_ids: Int[Array, 'B T'] | None = None,
   ) -> Float[Array, 'B T D']:
     """The encoder's output, soft tokens' positions included."""
     return self.encoder(encoder_input_tokens, encoder_segment_ids)
 
   def decode(
-      self,
-      encoded: Float[Array, 'B T D'],
-      encoder_input_tokens: Int[Array, 'B T'],
-      decoder_input_tokens: Int[Array, 'B U'],
-      encoder_segment_ids: Int[Array, 'B T'] | None = None,
-      decoder_segment_ids: Int[Array, 'B U'] | None = None,
+    self,
+    encoded: Float[Array, 'B T D'],
+    encoder_input_tokens: Int[Array, 'B T'],
+    decoder_input_tokens: Int[Array, 'B U'],
+    encoder_segment_ids: Int[Array, 'B T'] | None = None,
+    decoder_segment_ids: Int[Array, 'B U'] | None = None,
   ) -> Float[Array, 'B U V']:
     """Logits of all target positions at once."""
     return self.decoder(
-        decoder_input_tokens,
-        decoder_mask(decoder_input_tokens.shape[1], decoder_segment_ids),
-        encoded,
-        encoder_mask(
-            encoder_input_tokens, decoder_segment_ids, encoder_segment_ids
-        ),
+      decoder_input_tokens,
+      decoder_mask(decoder_input_tokens.shape[1], decoder_segment_ids),
+      encoded,
+      encoder_mask(
+        encoder_input_tokens, decoder_segment_ids, encoder_segment_ids
+      ),
     )
 
   def decode_step(
-      self,
-      encoded: Float[Array, 'B T D'],
-      encoder_input_tokens: Int[Array, 'B T'],
-      tokens: Int[Array, 'B 1'],
-      position: Any,
+    self,
+    encoded: Float[Array, 'B T D'],
+    encoder_input_tokens: Int[Array, 'B T'],
+    tokens: Int[Array, 'B 1'],
+    position: Any,
   ) -> Float[Array, 'B 1 V']:
     """Logits after one more token; keys and values are in `cache`.
 
@@ -322,24 +322,24 @@ class T5(nn.Module):
     """
     seen = jnp.arange(self.decode_length) <= position
     mask = jnp.broadcast_to(
-        seen[None, None, None], (tokens.shape[0], 1, 1, self.decode_length)
+      seen[None, None, None], (tokens.shape[0], 1, 1, self.decode_length)
     )
     cross = encoder_mask(encoder_input_tokens, None, None)
     return self.decoder(tokens, mask, encoded, cross, position)
 
   def __call__(
-      self,
-      encoder_input_tokens: Int[Array, 'B T'],
-      decoder_input_tokens: Int[Array, 'B U'],
-      encoder_segment_ids: Int[Array, 'B T'] | None = None,
-      decoder_segment_ids: Int[Array, 'B U'] | None = None,
+    self,
+    encoder_input_tokens: Int[Array, 'B T'],
+    decoder_input_tokens: Int[Array, 'B U'],
+    encoder_segment_ids: Int[Array, 'B T'] | None = None,
+    decoder_segment_ids: Int[Array, 'B U'] | None = None,
   ) -> Float[Array, 'B U V']:
     """Logits [B, U, V] for the token after each decoder input token."""
     encoded = self.encode(encoder_input_tokens, encoder_segment_ids)
     return self.decode(
-        encoded,
-        encoder_input_tokens,
-        decoder_input_tokens,
-        encoder_segment_ids,
-        decoder_segment_ids,
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
     )
