@@ -33,7 +33,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-KINDS = ('rows', 'low_rank', 'scale', 'shift', 'prefix', 'bottleneck')
+# Axes of a table from the groups on; what stands in front are the layers.
+_RANKS = {
+  'rows': 3,
+  'low_rank': 3,
+  'scale': 2,
+  'shift': 2,
+  'prefix': 4,
+  'bottleneck': 3,
+}
+KINDS = tuple(_RANKS)
 
 
 @struct.dataclass
@@ -151,14 +160,8 @@ def _concatenate(axis: int) -> Callable[[Array, Array], Array]:
   return lambda x, y: jnp.concatenate([x, y], axis)
 
 
-def _join_rows(x: Array, y: Array) -> Array:
-  groups = max(x.shape[0], y.shape[0])  # one each for every example, or 1
-  x, y = (jnp.broadcast_to(t, (groups, *t.shape[1:])) for t in (x, y))
-  return jnp.concatenate([x, y], axis=1)
-
-
 _JOIN: Mapping[str, Callable[[Any, Any], Any]] = {
-  'rows': _join_rows,
+  'rows': _concatenate(-2),
   'low_rank': lambda x, y: (
     jnp.concatenate([x[0], y[0]], -1),
     jnp.concatenate([x[1], y[1]], -2),
@@ -169,33 +172,46 @@ _JOIN: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 
 
+def _groups(path: str, delta: Routed) -> tuple[int, int]:
+  """The axis of the groups, and their number G."""
+  leaf = jax.tree.leaves(delta.table)[0]
+  axis = leaf.ndim - _RANKS[path.rsplit('/', 1)[-1]]
+  return axis, leaf.shape[axis]
+
+
+def _repeat(table: Any, times: int, axis: int) -> Any:
+  if times == 1:
+    return table
+  return jax.tree.map(lambda t: jnp.repeat(t, times, axis), table)
+
+
+def _by_example(delta: Routed, axis: int) -> Routed:
+  """The same changes, one for each example of the batch."""
+  if delta.group is None:
+    return delta
+  group = delta.group.reshape(-1, delta.group.shape[-1])[0]  # as in any layer
+  return Routed(
+    jax.tree.map(lambda t: jnp.take(t, group, axis=axis), delta.table)
+  )
+
+
 def _share_groups(path: str, x: Routed, y: Routed) -> tuple[Any, Any, Any]:
   """Both tables with one G, and their common route."""
-  if x.group is not None and y.group is not None:
-    return x.table, y.table, x.group  # both by task: the batch's own task_ids
-  group = x.group if y.group is None else y.group
-  # G is the first axis after the layers, which the route has in front too.
-  axis = 0 if group is None else group.ndim - 1
-
-  def groups(delta: Routed) -> int:
-    if delta.group is None and group is None:
-      return 1  # both unrouted: tables join as they are, or by broadcasting
-    return jax.tree.leaves(delta.table)[0].shape[axis]
-
-  sizes = groups(x), groups(y)
-  if min(sizes) != 1 and sizes[0] != sizes[1]:
+  (axis, groups_x), (_, groups_y) = _groups(path, x), _groups(path, y)
+  one_route = (x.group is None) != (y.group is None)
+  if one_route and (groups_x if x.group is None else groups_y) > 1:
+    # One is by task, the other by example: both by example.
+    x, y = _by_example(x, axis), _by_example(y, axis)
+    groups_x, groups_y = _groups(path, x)[1], _groups(path, y)[1]
+  groups = max(groups_x, groups_y)
+  if not {groups_x, groups_y} <= {1, groups}:
     raise ValueError(
-      f'{path}: two methods set it for {sizes[0]} and for {sizes[1]} groups; '
+      f'{path}: two methods set it for {groups_x} and for {groups_y} groups; '
       'they combine where the numbers are equal or one of them is 1.'
     )
-
-  def repeat(delta: Routed) -> Any:
-    times = max(sizes) // groups(delta)
-    if times == 1:
-      return delta.table
-    return jax.tree.map(lambda t: jnp.repeat(t, times, axis), delta.table)
-
-  return repeat(x), repeat(y), group
+  x_table = _repeat(x.table, groups // groups_x, axis)
+  y_table = _repeat(y.table, groups // groups_y, axis)
+  return x_table, y_table, x.group if y.group is None else y.group
 
 
 def combine(x: Deltas, y: Deltas) -> Deltas:
@@ -222,7 +238,7 @@ def combine(x: Deltas, y: Deltas) -> Deltas:
 
 
 def collection(deltas: Deltas) -> dict[str, Any]:
-  """The nested form that linen reads: `apply({'deltas': collection(...)})`."""
+  """The nested form that linen reads as the collection `deltas`."""
   return traverse_util.unflatten_dict(deltas, sep='/')
 
 
@@ -232,9 +248,10 @@ def repeat(deltas: Deltas, times: int) -> Deltas:
   def one(path: str, delta: Routed) -> Routed:
     if delta.group is not None:
       return delta.replace(group=jnp.repeat(delta.group, times, axis=-1))
-    if path.endswith('/rows') and delta.table.shape[0] > 1:
-      return delta.replace(table=jnp.repeat(delta.table, times, axis=0))
-    return delta
+    axis, groups = _groups(path, delta)
+    if groups == 1:
+      return delta
+    return delta.replace(table=_repeat(delta.table, times, axis))
 
   return {path: one(path, delta) for path, delta in deltas.items()}
 
@@ -282,11 +299,11 @@ def merge_into_weights(deltas: Deltas, params: Any) -> Any:
   flat = traverse_util.flatten_dict(params, sep='/')
   for path, delta in sorted(deltas.items()):  # low_rank comes before scale
     module, _, kind = path.rpartition('/')
-    shared = delta.group is None
+    shared = delta.group is None and _groups(path, delta)[1] == 1
     if not shared or kind not in ('low_rank', 'scale'):
       raise ValueError(
-        f'{path}: {kind} {"" if shared else "routed by task "}cannot be '
-        'folded into a weight; export the trainable parameters instead.'
+        f'{path}: {kind}{"" if shared else " that differs by example"} cannot '
+        'be folded into a weight; export the trainable parameters instead.'
       )
     kernel = flat[f'{module}/kernel']
     if kind == 'low_rank':

@@ -66,6 +66,18 @@ def stack_layers(flat: dict[str, Any]) -> dict[str, Any]:
   return out
 
 
+def unstack_layers(flat: dict[str, Any]) -> dict[str, Any]:
+  """The inverse: `layers/X` [L, ...] as `layers_0/X`, `layers_1/X`, ..."""
+  out: dict[str, Any] = {}
+  for path, x in flat.items():
+    if '/layers/' not in path:
+      out[path] = x
+      continue
+    for i in range(len(x)):
+      out[path.replace('/layers/', f'/layers_{i}/')] = x[i]
+  return out
+
+
 @functools.cache
 def golden(shared: pathlib.Path, name: str) -> dict[str, np.ndarray]:
   """All arrays of a file of reference numbers."""

@@ -105,6 +105,13 @@ class ClassLabels:
   vocabulary: Any
   fallback: PromptInitializer = SampledVocab()
 
+  def __post_init__(self):
+    if not self.labels:
+      raise ValueError(
+        'ClassLabels needs the strings of the labels, such as '
+        '--labels=negative,positive.'
+      )
+
   def __call__(self, rng, shape, embedding) -> Float[Array, 'P D']:
     """The labels' rows in front of the fallback's."""
     rows = [

@@ -85,19 +85,62 @@ class RelativePositionBias(nn.Module):
     return jnp.take(table.astype(c.dtype), bucket, axis=1)[None]
 
 
-def _attend_with_dropout(query, key, value, bias, mask, rate, rng):
-  """Attention whose weights are dropped; one mask for all queries, as T5X."""
-  logits = jnp.einsum(
-    'buhk,bthk->bhut', query, key, preferred_element_type=jnp.float32
+def attend(
+  query: Float[Array, 'B U H K'],
+  key: Float[Array, 'B S H K'],
+  value: Float[Array, 'B S H K'],
+  bias: Float[Array, '#B H U S'] | None,
+  mask: Bool[Array, '#B 1 #U S'],
+  implementation: str,
+) -> Float[Array, 'B U H K']:
+  """`softmax(q k^T + bias) v`, the softmax in float32, no 1/sqrt(K).
+
+  Args:
+    query: queries.
+    key: keys.
+    value: values.
+    bias: added to the logits.
+    mask: True where a query may see a key.
+    implementation: 'xla' or 'cudnn' of `jax.nn.dot_product_attention`, or
+      'einsum': the same with heads in front of positions, which XLA's CPU
+      products take without strides (`benchmarks/README.md`); 'auto' chooses
+      by the backend.
+  """
+  if implementation == 'auto':
+    implementation = 'einsum' if jax.default_backend() == 'cpu' else 'xla'
+  if implementation != 'einsum':
+    return jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      bias,
+      mask,
+      scale=1.0,
+      implementation=implementation,  # pyright: ignore[reportArgumentType]
+    )
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+  logits = jnp.matmul(
+    q, jnp.swapaxes(k, 2, 3), preferred_element_type=jnp.float32
   )
+  # One addend of the logits' smallest shape: a mask of padding is [B, 1, 1, S].
+  logits += jnp.where(mask, np.float32(0), np.float32(-1e10))
   if bias is not None:
-    logits = logits + bias.astype(jnp.float32)
-  logits = jnp.where(mask, logits, np.float32(-1e10))
-  weights = jax.nn.softmax(logits).astype(value.dtype)
-  shape = (*weights.shape[:2], 1, weights.shape[-1])
-  keep = jax.random.bernoulli(rng, 1.0 - rate, shape)
-  scaled = keep.astype(value.dtype) / np.asarray(1.0 - rate, value.dtype)
-  return jnp.einsum('bhut,bthk->buhk', weights * scaled, value)
+    logits += bias.astype(jnp.float32)
+  y = jax.nn.softmax(logits).astype(v.dtype) @ v
+  return jnp.swapaxes(y, 1, 2)
+
+
+def drop_weights(
+  value: Float[Array, 'B S H K'], rate: float, rng: Any
+) -> Float[Array, 'B S H K']:
+  """Attention dropout, as a dropout of whole value rows of a head.
+
+  T5X draws one mask for all queries, so that to drop the weights of a key is
+  to drop its value: `(p * m) v = p (m * v)`. The weights themselves need not be
+  touched, and any kernel computes them.
+  """
+  keep = jax.random.bernoulli(rng, 1.0 - rate, (*value.shape[:3], 1))
+  return jnp.where(keep, value / np.asarray(1.0 - rate, value.dtype), 0)
 
 
 class Attention(nn.Module):
@@ -141,22 +184,9 @@ class Attention(nn.Module):
     key, value, bias, mask = deltas.adapt_keys_values(
       self, key, value, bias, mask
     )
-    if self.deterministic or c.dropout_rate == 0.0:
-      # T5 folds the scale into the initial query kernel.
-      y = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=1.0,
-        implementation=c.attention_implementation,  # pyright: ignore
-      )
-    else:
-      rng = self.make_rng('dropout')
-      y = _attend_with_dropout(
-        query, key, value, bias, mask, c.dropout_rate, rng
-      )
+    if not self.deterministic and c.dropout_rate:
+      value = drop_weights(value, c.dropout_rate, self.make_rng('dropout'))
+    y = attend(query, key, value, bias, mask, c.attention_implementation)
     y = y.reshape(*x.shape[:2], -1)
     out = layers.Dense(
       c.emb_dim, ('joined_kv', 'embed'), layers.attention_init, name='out'

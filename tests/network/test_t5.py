@@ -50,6 +50,20 @@ def test_forward_is_the_reference(shared, name, file, scan):
   )
 
 
+def test_jaxs_attention_is_the_reference(shared):
+  """What a GPU runs by default; a CPU runs 'einsum'."""
+  golden = helpers.golden(shared, 'mini_forward')
+  batch = helpers.below(golden, 'batch/')
+  params = {'params': helpers.golden_params(shared, 'mini')}
+  logits = _apply(_config('mini', attention_implementation='xla'))(
+    params, batch['encoder_input_tokens'], batch['decoder_input_tokens']
+  )
+  real = batch['decoder_target_tokens'] > 0
+  np.testing.assert_allclose(
+    np.asarray(logits)[real], golden['logits'][real], **CLOSE
+  )
+
+
 def test_packed_row_is_the_reference(shared):
   golden = helpers.golden(shared, 'forward')
   batch = helpers.below(golden, 'packed/batch/')
@@ -254,37 +268,39 @@ def test_dropout_mask_is_shared_along_the_length():
   assert not np.array_equal(zero[0], zero[1])
 
 
-def test_attention_dropout_keeps_the_mean():
-  """At rate p a weight is 0 or weight / (1 - p), one mask for all queries."""
-  q = jnp.ones((1, 3, 2, 4))
-  k = jnp.ones((1, 50, 2, 4))
-  v = jnp.ones((1, 50, 2, 4))
-  mask = jnp.ones((1, 1, 3, 50), bool)
-  outs = [
-    attention._attend_with_dropout(
-      q, k, v, None, mask, 0.5, jax.random.PRNGKey(i)
-    )
-    for i in range(40)
-  ]
-  outs = np.stack([np.asarray(o) for o in outs])
-  np.testing.assert_allclose(outs, np.repeat(outs[:, :, :1], 3, axis=2))
-  assert outs.mean() == pytest.approx(1.0, abs=0.05)
-  assert outs.std() > 0.05
-
-
-def test_attention_with_dropout_rate_near_zero_is_attention():
+def _attention_inputs():
   rng = np.random.default_rng(0)
   q, k, v = (
     jnp.asarray(rng.normal(size=(2, 5, 3, 4)), jnp.float32) for _ in range(3)
   )
   bias = jnp.asarray(rng.normal(size=(1, 3, 5, 5)), jnp.float32)
   mask = jnp.asarray(np.tril(np.ones((5, 5), bool)))[None, None]
-  mask = jnp.broadcast_to(mask, (2, 1, 5, 5))
-  ours = attention._attend_with_dropout(
-    q, k, v, bias, mask, 0.0, jax.random.PRNGKey(0)
+  return q, k, v, bias, mask
+
+
+def test_dropped_values_are_dropped_weights():
+  """The mask of the weights, shared by the queries, moved to the values."""
+  q, k, v, bias, mask = _attention_inputs()
+  rng = jax.random.PRNGKey(3)
+  got = attention.attend(
+    q, k, attention.drop_weights(v, 0.5, rng), bias, mask, 'xla'
   )
-  jaxs = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=1.0)
-  np.testing.assert_allclose(ours, jaxs, **CLOSE)
+  logits = jnp.einsum('buhk,bthk->bhut', q, k) + bias
+  weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf))
+  keep = jax.random.bernoulli(rng, 0.5, (2, 5, 3, 1))  # keys, heads
+  weights = weights * jnp.transpose(keep[..., 0], (0, 2, 1))[:, :, None] * 2.0
+  want = jnp.einsum('bhut,bthk->buhk', weights, v)
+  assert 0 < np.mean(keep) < 1
+  np.testing.assert_allclose(got, want, **CLOSE)
+
+
+def test_einsum_attention_is_jaxs():
+  inputs = _attention_inputs()
+  np.testing.assert_allclose(
+    attention.attend(*inputs, 'einsum'),
+    attention.attend(*inputs, 'xla'),
+    **CLOSE,
+  )
 
 
 @pytest.mark.parametrize('scan', [True, False], ids=['scan', 'loop'])
