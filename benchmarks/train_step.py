@@ -13,20 +13,18 @@ train on noise. The frozen base is random, and data pipelines are left out.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
-import dataclasses
+from collections.abc import Sequence
 import importlib.util
 import json
 import os
 import pathlib
-import platform
-import statistics
 import subprocess
 import sys
 import time
 from typing import Any
 
-import workers
+from lib import report
+from lib import workers
 
 HERE = pathlib.Path(__file__).parent
 # Threads of the one before may spin for a while after its step.
@@ -50,33 +48,42 @@ _QUICK = {
   'matmul': 512,
 }
 _PEFT_NEEDS = ('torch', 'transformers', 'peft')
-
-
-@dataclasses.dataclass
-class Result:
-  """What is known of a contestant.
-
-  Attributes:
-    info: what it said at the start and at the end.
-    steps: `wall`, `cpu` and `faults` of each step, in the order of the rounds.
-  """
-
-  info: dict[str, Any]
-  steps: list[dict[str, float]]
-
-  def all(self, key: str) -> list[float]:
-    """One number of each step."""
-    return [step[key] for step in self.steps]
-
-  def median(self, key: str) -> float:
-    """Its median."""
-    return statistics.median(self.all(key))
-
-
-Results = dict[str, Result]
+# One of ours is called by a form and any modifiers, 'loop+bfloat16+malloc'; the
+# fields are `T5Config`'s.
+_FORMS: dict[str, dict[str, Any]] = {
+  'scan': {'scan_layers': True, 'scan_unroll': 1},
+  'unrolled_scan': {'scan_layers': True, 'scan_unroll': 0},
+  'loop': {'scan_layers': False},
+}
+_MODIFIERS: dict[str, dict[str, Any]] = {
+  'bfloat16': {'dtype': 'bfloat16'},
+  'einsum': {'attention_implementation': 'einsum'},
+  'xla': {'attention_implementation': 'xla'},
+  'cudnn': {'attention_implementation': 'cudnn'},
+  'remat': {'remat_policy': 'minimal'},
+  'malloc': {},  # the environment's business
+}
 
 
 # ---- measuring -------------------------------------------------------------
+
+
+def fields_of(variant: str) -> dict[str, Any]:
+  """`T5Config`'s fields of one of ours.
+
+  Raises:
+    ValueError: an unknown form or modifier.
+  """
+  form, *modifiers = variant.split('+')
+  if form not in _FORMS or not set(modifiers) <= _MODIFIERS.keys():
+    raise ValueError(
+      f'{variant!r} is no variant: expected one of {", ".join(_FORMS)}, with '
+      f'any of +{", +".join(_MODIFIERS)}.'
+    )
+  fields = dict(_FORMS[form])
+  for modifier in modifiers:
+    fields |= _MODIFIERS[modifier]
+  return fields
 
 
 def contestants(args: argparse.Namespace) -> list[str]:
@@ -84,7 +91,7 @@ def contestants(args: argparse.Namespace) -> list[str]:
   ours = args.variants.split(',')
   if args.env == 'malloc':
     ours += [f'{name}+malloc' for name in ours]
-  dtypes = sorted({_dtype(name) for name in ours}, reverse=True)
+  dtypes = sorted({report.dtype_of(name) for name in ours}, reverse=True)
   names = [*ours]
   missing = [n for n in _PEFT_NEEDS if importlib.util.find_spec(n) is None]
   if missing and args.peft:
@@ -94,10 +101,6 @@ def contestants(args: argparse.Namespace) -> list[str]:
   libraries = ['jax'] if 'torch' in missing else ['jax', 'torch']
   names += [f'product:{lib}:{d}' for d in dtypes for lib in libraries]
   return names
-
-
-def _dtype(name: str) -> str:
-  return 'bfloat16' if 'bfloat16' in name else 'float32'
 
 
 def start(name: str, args: argparse.Namespace, sizes: Any) -> workers.Worker:
@@ -121,23 +124,24 @@ def work(name: str, args: argparse.Namespace) -> None:
   """The other side of `start`."""
 
   def make() -> Any:
-    if name.startswith('peft') or name.startswith('product:torch'):
-      from workers import peft_torch as library
+    if name.startswith(('peft', 'product:torch')):
+      from lib import peft_torch as library
     else:
-      from workers import ours as library
+      from lib import ours as library
     if name.startswith('product'):
       return library.Product(args.matmul, name.split(':')[2])
-    cls = library.Peft if name.startswith('peft') else library.Ours
-    return cls(args, name)
+    if name.startswith('peft'):
+      return library.Peft(args, report.dtype_of(name))
+    return library.Ours(args, fields_of(name))
 
   workers.serve(make)
 
 
-def measure(args: argparse.Namespace) -> tuple[Results, float | None]:
+def measure(args: argparse.Namespace) -> tuple[report.Results, float | None]:
   """All contestants in turns, and the share of the machine others used."""
   names = contestants(args)
   groups = [[name] for name in names] if args.one_at_a_time else [names]
-  results: Results = {}
+  results: report.Results = {}
   shares: list[float | None] = []
   sizes = None
   for group in groups:
@@ -159,15 +163,15 @@ def measure(args: argparse.Namespace) -> tuple[Results, float | None]:
 def _rounds(
   running: Sequence[workers.Worker],
   args: argparse.Namespace,
-  results: Results,
+  results: report.Results,
 ) -> float | None:
   """One step of each, again and again; the share of the machine of others."""
   for worker in running:
-    results[worker.name] = Result(dict(worker.info), [])
+    results[worker.name] = report.Result(dict(worker.info), [])
   for _ in range(args.warmup):
     for worker in running:
       worker.step(1)
-  before = time.perf_counter(), _busy_seconds()
+  meter = report.Meter()
   for i in range(args.steps):
     line = []
     for worker in running:
@@ -176,26 +180,11 @@ def _rounds(
       results[worker.name].steps.append(found)
       line.append(f'{worker.name} {found["wall"]:.4g} s')
     print(f'round {i + 1}: {", ".join(line)}', flush=True)
-  after = time.perf_counter(), _busy_seconds()
-  if before[1] is None or after[1] is None:
-    return None
   own = sum(sum(results[w.name].all('cpu')) for w in running) * args.inner
-  capacity = (after[0] - before[0]) * (os.cpu_count() or 1)
-  return max(0.0, after[1] - before[1] - own) / capacity
+  return meter.others(own + meter.cpu_seconds())
 
 
-def _busy_seconds() -> float | None:
-  """CPU seconds of all processes, stolen ones too; None where unknown."""
-  try:
-    line = pathlib.Path('/proc/stat').read_text().split('\n', 1)[0]
-  except OSError:
-    return None
-  ticks = [int(x) for x in line.split()[1:9]]
-  idle, iowait = ticks[3:5]
-  return (sum(ticks) - idle - iowait) / os.sysconf('SC_CLK_TCK')
-
-
-def flops_of_a_step(results: Results, args: argparse.Namespace) -> float:
+def flops_of_a_step(results: report.Results, args: argparse.Namespace) -> float:
   """The compiler's count, of a program in which no layer is in a loop."""
   for name, result in results.items():
     if name.startswith(('loop', 'unrolled_scan')) and '+remat' not in name:
@@ -203,158 +192,6 @@ def flops_of_a_step(results: Results, args: argparse.Namespace) -> float:
   worker = start('loop', args, None)
   worker.close()
   return worker.info['flops']
-
-
-# ---- reporting -------------------------------------------------------------
-
-
-def partner(name: str, results: Results) -> Result | None:
-  """The PEFT contestant of the same dtype."""
-  suffix = '+bfloat16' if _dtype(name) == 'bfloat16' else ''
-  return results.get(f'peft{suffix}')
-
-
-def ratios(name: str, key: str, results: Results) -> list[float]:
-  """Ours / PEFT, round by round; empty where there is no PEFT."""
-  other = partner(name, results)
-  if other is None or name.startswith('peft'):
-    return []
-  pairs = zip(results[name].all(key), other.all(key), strict=True)
-  return [x / y for x, y in pairs]
-
-
-def spread(values: Sequence[float], form: str = '.3g') -> str:
-  """'median (min to max)'."""
-  if not values:
-    return '-'
-  low, middle, high = min(values), statistics.median(values), max(values)
-  return f'{middle:{form}} ({low:{form}} to {high:{form}})'
-
-
-def peak(name: str, library: str, results: Results) -> float | None:
-  """FLOP/s of the interleaved products of the contestant's dtype."""
-  product = results.get(f'product:{library}:{_dtype(name)}')
-  return product and product.info['flops'] / product.median('wall')
-
-
-def row(cells: Sequence[Any]) -> str:
-  """A line of a Markdown table."""
-  return f'| {" | ".join(map(str, cells))} |'
-
-
-def tables(results: Results, flops: float) -> str:
-  """Markdown: time, then size."""
-  shown = {k: v for k, v in results.items() if not k.startswith('product')}
-  head = ['', 'wall s', 'CPU s', 'page faults', '% of JAX peak',
-          '% of torch peak', 'wall, ours / PEFT', 'CPU, ours / PEFT']  # fmt: skip
-  lines = [row(head), row(['---'] * len(head))]
-  for name, r in shown.items():
-    shares = []
-    for library in ('jax', 'torch'):
-      top = peak(name, library, results)
-      shares.append(f'{flops / r.median("wall") / top:.1%}' if top else '-')
-    lines.append(
-      row([
-        name, spread(r.all('wall')), spread(r.all('cpu')),
-        f'{r.median("faults"):,.0f}', *shares,
-        spread(ratios(name, 'wall', results)),
-        spread(ratios(name, 'cpu', results)),
-      ])
-    )  # fmt: skip
-  head = ['', 'compile s', 'MiB after imports', 'peak MiB', 'scratch MiB',
-          'device peak MiB', 'trained part, bytes', 'checkpoint, bytes',
-          'GFLOP counted']  # fmt: skip
-  lines += ['', row(head), row(['---'] * len(head))]
-  for name, r in shown.items():
-    info = r.info
-    compile_s = info.get('compile_s')
-    lines.append(
-      row([
-        name, f'{compile_s:.1f}' if compile_s else '-',
-        *(mebibytes(info.get(f'{key}_bytes'))
-          for key in ('imports', 'peak', 'scratch', 'device')),
-        f'{info["trained_bytes"]:,}', f'{info["checkpoint_bytes"]:,}',
-        f'{info["flops"] / 1e9:,.1f}',
-      ])
-    )  # fmt: skip
-  return '\n'.join(lines)
-
-
-def mebibytes(number: float | None) -> str:
-  """Bytes as MiB."""
-  return '-' if number is None else f'{number / 2**20:,.0f}'
-
-
-def heading(
-  args: argparse.Namespace,
-  results: Results,
-  flops: float,
-  load: float,
-  others: float | None,
-) -> str:
-  """What was measured, where, and how quiet it was there."""
-  versions = sorted({r.info['version'] for r in results.values()})
-  first = next(iter(results.values())).info
-  lines = [
-    f'{args.model}: batch {args.batch}, inputs {args.inputs}, targets '
-    f'{args.targets}, prompt {args.prompt}, dropout {args.dropout}; '
-    f'{args.steps} steps in turns after {args.warmup} to warm up, median '
-    '(min to max).',
-    f'On {first["platform"]} ({first["device"]}), {os.cpu_count()} CPUs '
-    f'({processor()}), {"; ".join(versions)}.',
-    f'The compiler counts {flops / 1e12:.4g} TFLOP in a step. Products of '
-    f'{args.matmul} x {args.matmul} matrices: '
-    + ', '.join(
-      f'{name.split(":", 1)[1]} '
-      f'{r.info["flops"] / r.median("wall") / 1e9:,.0f} GFLOP/s'
-      for name, r in results.items()
-      if name.startswith('product')
-    )
-    + '.',
-    f'Load before the start: {load:.2f}.',
-  ]
-  if others is not None:
-    lines.append(
-      f'Other processes (the kernel among them) used {others:.0%} of the '
-      f'CPUs{": THE MACHINE WAS BUSY" if others > 0.1 else ""}.'
-    )
-  return '\n'.join(lines)
-
-
-def processor() -> str:
-  """Its name."""
-  try:
-    text = pathlib.Path('/proc/cpuinfo').read_text()
-  except OSError:
-    return platform.processor()
-  names = [s for s in text.splitlines() if s.startswith('model name')]
-  return names[0].split(':', 1)[1].strip() if names else platform.machine()
-
-
-def draw(results: Mapping[str, Result], title: str, path: pathlib.Path) -> None:
-  """Wall and CPU seconds of each contestant, each step a point."""
-  import matplotlib
-
-  matplotlib.use('agg')
-  from matplotlib import pyplot as plt
-
-  shown = {k: v for k, v in results.items() if not k.startswith('product')}
-  height = 0.9 + 0.35 * len(shown)
-  fig, axes = plt.subplots(1, 2, figsize=(7, height), sharey=True)
-  for ax, key in zip(axes, ('wall', 'cpu'), strict=True):
-    for i, (name, r) in enumerate(shown.items()):
-      color = 'tab:orange' if name.startswith('peft') else 'tab:blue'
-      ax.barh(i, r.median(key), color=color, alpha=0.5)
-      values = r.all(key)
-      ax.plot(values, [i] * len(values), '|', color='black', markersize=6)
-    ax.set_xlabel('wall seconds a step' if key == 'wall' else 'CPU seconds')
-    ax.set_xlim(left=0)
-  axes[0].set_yticks(range(len(shown)), list(shown))
-  axes[0].invert_yaxis()
-  fig.suptitle(title, fontsize=9)
-  fig.tight_layout()
-  fig.savefig(path, dpi=100)
-  plt.close(fig)
 
 
 # ---- command line ----------------------------------------------------------
@@ -368,8 +205,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add('--variants', default='scan,unrolled_scan,loop',
-      help='ours: scan, unrolled_scan or loop, each with any of +bfloat16, '
-      '+cudnn, +nodropout, +remat, +malloc')  # fmt: skip
+      help=f'of ours: {", ".join(_FORMS)}, each with any of '
+      f'+{", +".join(_MODIFIERS)}')  # fmt: skip
   add('--env', choices=['plain', 'malloc'], default='plain',
       help='malloc: each of ours a second time, with a glibc that keeps freed '
       'memory')  # fmt: skip
@@ -385,21 +222,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add('--inner', type=int, default=0,
       help='steps on each turn; 0: 1 on CPUs, 20 elsewhere')  # fmt: skip
   add('--matmul', type=int, default=0,
-      help='matrices for the peak; 0: 4096 on CPUs, 16384 elsewhere')  # fmt: skip
+      help='width of the matrices; 0: 4096 or, elsewhere, 16384')  # fmt: skip
   add('--one-at-a-time', action='store_true',
       help='no turns; always so on TPUs, which one process holds')  # fmt: skip
   add('--quick', action='store_true', help='a check: tiny and few')
   add('--out', type=pathlib.Path,
       help='folder for train_step.md and train_step.png; here by default, none '
       'with --quick')  # fmt: skip
+  if parser.parse_args(argv).quick:
+    parser.set_defaults(**_QUICK)
   args = parser.parse_args(argv)
-  if args.quick:
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(_QUICK)))
-    for name, value in _QUICK.items():
-      if getattr(given, name) is None:
-        setattr(args, name, value)
-  elif args.out is None:
+  if not args.quick and args.out is None:
     args.out = HERE
+  try:
+    for variant in args.variants.split(','):
+      fields_of(variant)
+  except ValueError as e:
+    parser.error(str(e))
   return args
 
 
@@ -426,14 +265,14 @@ def main() -> None:
   out, args.out = args.out, None
   results, others = measure(args)
   flops = flops_of_a_step(results, args)
-  text = heading(args, results, flops, load, others)
-  text += '\n\n' + tables(results, flops)
+  text = report.heading(args, results, flops, load, others)
+  text += '\n\n' + report.tables(results, flops)
   print(f'\n{text}')
   if out is not None:
     out.mkdir(parents=True, exist_ok=True)
     (out / 'train_step.md').write_text(text + '\n')
     title = text.split('\n', 1)[0].split(';')[0]
-    draw(results, title, out / 'train_step.png')
+    report.draw(results, title, out / 'train_step.png')
     print(f'\nWritten: {out / "train_step.md"}, {out / "train_step.png"}')
 
 

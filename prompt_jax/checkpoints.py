@@ -56,6 +56,7 @@ class Checkpointer:
     model_dir: str,
     keep: int | None = 3,
     base: fingerprints.Fingerprint | None = None,
+    read_only: bool = False,
   ):
     """Opens the directory.
 
@@ -63,15 +64,24 @@ class Checkpointer:
       model_dir: of the run.
       keep: how many of the newest checkpoints stay; None for all.
       base: fingerprint of the frozen base; None skips the comparison.
+      read_only: changes nothing, so that the run may be going on.
     """
     self.directory = pathlib.Path(model_dir).absolute() / 'checkpoints'
     self.base = base
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=True
+        max_to_keep=keep,
+        create=not read_only,
+        # What a killed process left half written.
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
       ),
-      item_names=('state', 'host'),
+      # Named here, so that a new process can read what another one saved.
+      item_handlers={
+        'state': ocp.StandardCheckpointHandler(),
+        'host': ocp.JsonCheckpointHandler(),
+      },
     )
 
   def latest_step(self) -> int | None:
@@ -281,7 +291,21 @@ def save_trainable(
   texts = {
     k: v if isinstance(v, str) else json.dumps(v) for k, v in header.items()
   }
-  write_atomically(path, safetensors_numpy.save(flat, metadata=texts))
+  data = safetensors_numpy.save(flat, metadata=texts)
+  write_atomically(path, _with_sorted_header(data))
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+  """A safetensors file whose bytes are the same whenever it is written.
+
+  The library writes the metadata in an order of chance.
+  """
+  end = 8 + int.from_bytes(data[:8], 'little')
+  header = json.loads(data[8:end])
+  header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)  # the arrays stay aligned
+  return len(text).to_bytes(8, 'little') + text + data[end:]
 
 
 def load_trainable(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -133,19 +133,33 @@ class _Ours(logging.Filter):
 
 
 def _set_up(debug: bool) -> None:
-  """Logs to stderr, a cache of compiled programs, a quiet TensorFlow."""
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  """Logs to stderr, a cache of compiled programs."""
   cache = os.path.join(os.path.expanduser('~'), '.cache', 'prompt_jax', 'jax')
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', cache)
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '1')
   from absl import logging as absl_logging
 
   absl_logging.set_verbosity(absl_logging.INFO)
-  handler = absl_logging.get_absl_handler()
+  # Not absl's handler: it warns of flags that have not been parsed.
+  handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-  absl_logging.use_absl_handler()
+  logging.getLogger().addHandler(handler)
   if not debug:
     handler.addFilter(_Ours())
+    _import_quietly()
+
+
+def _import_quietly() -> None:
+  """Imports TensorFlow, which writes to stderr whatever one asks of it."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  stderr = os.dup(2)
+  try:
+    with open(os.devnull, 'wb') as nowhere:
+      os.dup2(nowhere.fileno(), 2)
+    import seqio as _
+  finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
 
 
 def _expected(error: BaseException) -> bool:

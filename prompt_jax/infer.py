@@ -59,18 +59,17 @@ class Trained:
       'Neither MODEL_DIR nor TRAINABLE_PATH: the method is at its initial '
       'value.'
     )
-    optimizer = optimizers.sgd()
+    optimizer = optimizers.sgd()  # whichever: its state is not used
     abstract = run.abstract_state(optimizer, base)
     return run.init_state(optimizer, base, abstract).trainable
 
   def _from_checkpoint(self, run: run_lib.Run, base: run_lib.Base) -> Any:
     assert self.model_dir is not None
     checkpointer = checkpoints.Checkpointer(
-      self.model_dir, None, base.fingerprint
+      self.model_dir, base=base.fingerprint, read_only=True
     )
-    # Only the trained part is asked for, whatever optimizer there was.
-    abstract = run.abstract_state(optimizers.sgd(), base)
-    return checkpointer.restore_trainable(abstract.trainable, self.step)
+    wanted = run.abstract_trainable(base)
+    return checkpointer.restore_trainable(wanted, self.step)
 
 
 def evaluate(
@@ -197,7 +196,10 @@ def _write_lines(
     call = evaluation.Evaluation(run, config)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     with open(temporary, 'w', encoding='utf-8') as f:
-      bar = tqdm(lines(call, (trainable, base.frozen)), unit='example')
+      # disable=None: no bar where nobody looks at it.
+      bar = tqdm(
+        lines(call, (trainable, base.frozen)), unit='example', disable=None
+      )
       for line in bar:
         f.write(json.dumps(line, ensure_ascii=False) + '\n')
   if jax.process_index() == 0:

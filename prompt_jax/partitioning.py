@@ -121,7 +121,9 @@ class Partitioner:
 
   data: int = -1
   model: int = 1
-  logical_axis_rules: Rules = standard_logical_axis_rules()
+  logical_axis_rules: Rules = dataclasses.field(
+    default_factory=standard_logical_axis_rules
+  )
 
   @functools.cached_property
   def mesh(self) -> jax.sharding.Mesh:
@@ -162,7 +164,8 @@ class Partitioner:
           f'{jax.tree_util.keystr(path)}: no rule for the logical axes '
           f'{sorted(unknown)}; add them to logical_axis_rules.'
         )
-      spec = nn.logical_to_mesh_axes(leaf.names, self.logical_axis_rules)
+      rules = tuple(self.logical_axis_rules)
+      spec = nn.logical_to_mesh_axes(leaf.names, rules) or PartitionSpec()
       sizes = self.mesh.shape
       kept = []
       for length, axis in zip(leaf.value.shape, spec, strict=True):
@@ -216,6 +219,17 @@ class Partitioner:
       read: from an index (a tuple of slices) to that part as numpy.
     """
     return jax.make_array_from_callback(tuple(shape), sharding, read)
+
+  def gather(self, tree: Any) -> Any:
+    """Arrays on the devices as whole numpy arrays, on every process.
+
+    With several processes all of them have to call it.
+    """
+    if jax.process_count() == 1:
+      return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
 
   def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """A batch on the devices, its rows over the data axis.

@@ -70,7 +70,6 @@ class Reporter:
       task: name of the mixture or task that is trained.
     """
     self.directory, self.total_steps, self.task = directory, total_steps, task
-    self.last_loss = 0.0
     self.last_evaluation: dict[str, dict[str, float]] = {}
     self._main = jax.process_index() == 0
     self._path = directory / 'metrics.jsonl'
@@ -114,6 +113,7 @@ class Reporter:
       if self._bar is not None:
         self._bar.close()
         self._bar = None
+      self.flush()
 
   def tick(self, step: int) -> None:
     """One more step is done."""
@@ -128,7 +128,6 @@ class Reporter:
     rate = (step - first) / max(now - before, 1e-9)
     self._since = (now, step)
     values = window.means()
-    self.last_loss = values['loss']
     values['steps_per_second'] = rate
     values['examples_per_second'] = rate * rows / max(steps, 1)
     self._write(step, 'train', self.task, values)
@@ -179,6 +178,11 @@ class Reporter:
       ) from e
     for name, value in values.items():
       self._writer.add_scalar(f'{split}/{task}/{name}', value, step)
+
+  def flush(self) -> None:
+    """TensorBoard's events are on the disk when this returns."""
+    if self._main:
+      self._writer.flush()
 
   def close(self) -> None:
     """Closes the files and draws the curves."""

@@ -20,6 +20,7 @@ from prompt_jax import datasets
 from prompt_jax import feature_converters
 from prompt_jax import fingerprints
 from prompt_jax import models
+from prompt_jax import optimizers
 from prompt_jax import partitioning
 from prompt_jax import train_state
 from prompt_jax import trainer
@@ -69,7 +70,9 @@ class Run:
   mixture_or_task_name: str
   task_feature_lengths: Mapping[str, int]
   initial_checkpoint_path: str | None = None
-  partitioner: partitioning.Partitioner = partitioning.Partitioner()
+  partitioner: partitioning.Partitioner = dataclasses.field(
+    default_factory=partitioning.Partitioner
+  )
   user_data: user_data_lib.UserData | None = None
   seed: int = 0
 
@@ -233,8 +236,13 @@ class Run:
     shardings = jax.tree.map(lambda s: s.sharding, abstract)
     return jax.jit(init, out_shardings=shardings)(self.init_rng(), base.params)
 
+  def abstract_trainable(self, base: Base) -> Any:
+    """Shapes and shardings of the trainable parameters."""
+    # Those of any optimizer's state; this one has nothing beside them.
+    return self.abstract_state(optimizers.sgd(), base).trainable
+
   def load_trainable(self, path: str, base: Base) -> Any:
-    """The trained part from a `trainable.safetensors`, on every device.
+    """The trained part from a `trainable.safetensors`, on the devices.
 
     Raises:
       CheckpointError: names or shapes differ from this run's method.
@@ -247,15 +255,13 @@ class Run:
       base.fingerprint,
       vocabularies.fingerprint(self.model.vocabulary),
     )
-    embedding = self.model.embedding(base.params)
-    method = jax.eval_shape(self.model.init_method, self.init_rng(), embedding)
-    wanted = {'method': partitioning.unbox(method), 'network': base.network}
-    found = train_state.unflatten(flat)
-    found = {'method': {}, 'network': {}} | found
+    wanted = self.abstract_trainable(base)
+    found = {'method': {}, 'network': {}} | train_state.unflatten(flat)
     checkpoints.check_shapes(found, wanted, path)
     return jax.tree.map(
-      lambda x: self.partitioner.put(
-        x.shape, self.partitioner.replicated, lambda i, x=x: x[i]
+      lambda x, leaf: self.partitioner.put(
+        x.shape, leaf.sharding, lambda i: x[i]
       ),
       found,
+      wanted,
     )

@@ -1,17 +1,15 @@
-"""The training loop: data in, steps, logs, evaluations, checkpoints.
+"""Training: a run from its configuration to its last checkpoint.
 
-One step is in `trainer.py`; what is saved is in `checkpoints.py`.  Everything
-that the loop needs to go on is saved with the state, so that a run that was
-killed at any moment, and started again by the same command, ends with the same
-numbers as one that never stopped.
+One step is in `trainer.py`, the loop over them in `loop.py`, what is saved in
+`checkpoints.py`.  Everything that the loop needs to go on is saved with the
+state, so that a run that was killed at any moment, and started again by the
+same command, ends with the same numbers as one that never stopped.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
-import math
 import pathlib
-import signal
 from typing import Any
 
 from absl import logging
@@ -22,232 +20,12 @@ import optax
 from prompt_jax import checkpoints
 from prompt_jax import datasets
 from prompt_jax import evaluation
-from prompt_jax import fingerprints
 from prompt_jax import gin_utils
+from prompt_jax import loop as loop_lib
 from prompt_jax import optimizers
 from prompt_jax import reporting
 from prompt_jax import run as run_lib
 from prompt_jax import trainer
-from prompt_jax import vocabularies
-
-
-class NonFiniteLoss(FloatingPointError):
-  """A loss or gradient was infinite or NaN; the run stopped before it."""
-
-
-@dataclasses.dataclass
-class Best:
-  """The best evaluation so far, by one metric.
-
-  Attributes:
-    metric: 'task/name', or 'name' for the mean over tasks; None for none.
-    mode: 'max' or 'min'.
-    patience: evaluations without a better one after which training ends.
-    value: of the best.
-    step: of the best.
-    since: evaluations after it.
-  """
-
-  metric: str | None = None
-  mode: str = 'max'
-  patience: int | None = None
-  value: float | None = None
-  step: int | None = None
-  since: int = 0
-
-  def __post_init__(self):
-    if self.mode not in ('max', 'min'):
-      raise ValueError(f"best_mode must be 'max' or 'min', got {self.mode!r}.")
-    if self.patience is not None and self.metric is None:
-      raise ValueError('Early stopping (patience) needs a best_metric.')
-
-  def update(self, found: evaluation.TaskMetrics, step: int) -> bool:
-    """Takes an evaluation in; True if it is the best."""
-    if self.metric is None:
-      return False
-    value = _pick(self.metric, found)
-    sign = 1 if self.mode == 'max' else -1
-    better = self.value is None or sign * value > sign * self.value
-    if better:
-      self.value, self.step, self.since = value, step, 0
-    else:
-      self.since += 1
-    return better
-
-  @property
-  def exhausted(self) -> bool:
-    """Whether to stop early."""
-    return self.patience is not None and self.since >= self.patience
-
-  def saved(self) -> dict[str, Any]:
-    """What a checkpoint keeps."""
-    return {'value': self.value, 'step': self.step, 'since': self.since}
-
-
-def _pick(metric: str, found: evaluation.TaskMetrics) -> float:
-  task, _, name = metric.rpartition('/')
-  rows = {k: v for k, v in found.items() if not task or k == task}
-  values = [v[name] for v in rows.values() if name in v]
-  if not values:
-    known = [f'{k}/{m}' for k, v in found.items() for m in v]
-    raise ValueError(
-      f'best_metric {metric!r} is not among the metrics of the evaluation: '
-      f'{", ".join(known)}. A name without a task is the mean over tasks.'
-    )
-  return float(np.mean(values))
-
-
-class _Terminated:
-  """Whether SIGTERM has come; the loop then saves and leaves."""
-
-  def __init__(self):
-    self.flag = False
-    self._before = None
-
-  def __enter__(self) -> '_Terminated':
-    try:
-      self._before = signal.signal(signal.SIGTERM, self._note)
-    except ValueError:  # not the main thread (a notebook, a test)
-      self._before = None
-    return self
-
-  def _note(self, *_: Any) -> None:
-    self.flag = True
-
-  def __exit__(self, *_: Any) -> None:
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
-
-  def now(self, step: int, period: int) -> bool:
-    """The same answer on all processes, at steps on which they agree."""
-    if jax.process_count() == 1:
-      return self.flag
-    if step % period:
-      return False
-    from jax.experimental import multihost_utils
-
-    flags = multihost_utils.process_allgather(np.array([self.flag]))
-    return bool(np.any(flags))
-
-
-@dataclasses.dataclass
-class Loop:
-  """One training run; `train` builds it, `go` runs it to its end."""
-
-  run: run_lib.Run
-  base: run_lib.Base
-  step_fn: Callable[..., Any]
-  iterator: datasets.TrainIterator
-  checkpointer: checkpoints.Checkpointer
-  reporter: reporting.Reporter
-  evaluate: evaluation.Evaluation | None
-  best: Best
-  total_steps: int
-  log_period: int
-  eval_period: int
-  checkpoint_period: int
-  model_dir: pathlib.Path
-
-  def go(self, state: Any, window: reporting.Window) -> Any:
-    """Steps until the end, an early stop, or SIGTERM (then SystemExit)."""
-    step = int(state.step)
-    pending: list[tuple[int, Any, Any]] = []
-    with _Terminated() as terminated, self.reporter.progress(step):
-      while step < self.total_steps and not self.best.exhausted:
-        batch = next(self.iterator)
-        state, metrics = self.step_fn(
-          state, self.base.frozen, self.run.partitioner.put_batch(batch)
-        )
-        pending.append((step, batch, metrics))
-        step += 1
-        due = self._due(step)
-        # Reading the last step but one keeps the devices busy meanwhile.
-        while len(pending) > (0 if due else 1):
-          self._take(window, *pending.pop(0))
-        if step % self.log_period == 0 or step == self.total_steps:
-          self.reporter.train(step, window)
-        if (due and step % self.eval_period == 0) or step == self.total_steps:
-          self._evaluate(step, state)
-        leaving = terminated.now(step, self.log_period)
-        if leaving:
-          self._take_all(window, pending)
-        if leaving or step % self.checkpoint_period == 0:
-          self._save(state, window)
-        if leaving:
-          self._leave(step)
-    return state
-
-  def _due(self, step: int) -> bool:
-    periods = (self.log_period, self.eval_period, self.checkpoint_period)
-    return step == self.total_steps or any(step % p == 0 for p in periods)
-
-  def _take_all(self, window: reporting.Window, pending: list[Any]) -> None:
-    while pending:
-      self._take(window, *pending.pop(0))
-
-  def _take(
-    self, window: reporting.Window, step: int, batch: Any, metrics: Any
-  ) -> None:
-    """One step's metrics from the devices into the log's window."""
-    metrics = jax.device_get(metrics)
-    if not metrics.pop('finite'):
-      path = self.model_dir / f'nonfinite_batch_{step}.npz'
-      np.savez(path, **batch)
-      self.checkpointer.wait()
-      raise NonFiniteLoss(
-        f'The loss or its gradient is not finite at step {step} (loss '
-        f'{metrics["loss"]}, gradient norm {metrics["grad_norm"]}). The '
-        f'batch is in {path}; parameters were not changed by it, and the '
-        'last checkpoint is from before. Try a lower learning rate, float32 '
-        'or a global_norm_clip_threshold.'
-      )
-    window.add(metrics, rows=len(next(iter(batch.values()))))
-    self.reporter.tick(step + 1)
-
-  def _evaluate(self, step: int, state: Any) -> None:
-    if self.evaluate is None:
-      return
-    found = self.evaluate(state.trainable, self.base.frozen)
-    self.reporter.evaluation(step, self.evaluate.config.split, found)
-    if self.best.update(found, step):
-      self.export(state, 'best.safetensors', found)
-
-  def _save(self, state: Any, window: reporting.Window) -> None:
-    host = {
-      'data_position': self.iterator.position,
-      'window': window.saved(),
-      'best': self.best.saved(),
-    }
-    self.checkpointer.save(state, host)
-
-  def _leave(self, step: int) -> None:
-    self.checkpointer.wait()
-    logging.warning(
-      'SIGTERM: saved step %d; the same command goes on from it.', step
-    )
-    raise SystemExit(143)
-
-  def export(
-    self, state: Any, name: str, found: evaluation.TaskMetrics
-  ) -> None:
-    """The trained part with its header, small enough to send by mail."""
-    if jax.process_index() != 0:
-      return
-    model = self.run.model
-    header = {
-      'format': 'prompt_jax',
-      'method': repr(model.method),
-      'trainable_patterns': list(model.trainable_patterns),
-      'config': dataclasses.asdict(model.config),
-      'base': self.base.fingerprint,
-      'base_digest': fingerprints.digest(self.base.fingerprint),
-      'vocabulary': vocabularies.fingerprint(model.vocabulary),
-      'step': int(state.step),
-      'metrics': found,
-      'shapes': jax.tree.map(lambda x: list(x.shape), state.trainable),
-    }
-    trainable = jax.device_get(state.trainable)
-    checkpoints.save_trainable(self.model_dir / name, trainable, header)
 
 
 def train(
@@ -313,7 +91,7 @@ def train(
     )
   directory = pathlib.Path(model_dir)
   checkpoints.check_writable(model_dir)
-  best = Best(best_metric, best_mode, patience)
+  best = loop_lib.Best(best_metric, best_mode, patience)
   with run.partitioner.activate():
     run.register_tasks()
     base = run.load()
@@ -330,7 +108,7 @@ def train(
     )
     logging.info('%s', _lengths(run, train_split))
     start = host.get('data_position', 0)
-    loop = Loop(
+    loop = loop_lib.Loop(
       run=run,
       base=base,
       step_fn=_compile(
@@ -341,6 +119,7 @@ def train(
       reporter=reporting.Reporter(
         directory, int(state.step), total_steps, run.mixture_or_task_name
       ),
+      window=reporting.Window(**host.get('window', {})),
       evaluate=eval_config and evaluation.Evaluation(run, eval_config),
       best=best,
       total_steps=total_steps,
@@ -349,9 +128,11 @@ def train(
       checkpoint_period=checkpoint_period,
       model_dir=directory,
     )
-    _write_config(directory)
-    state = loop.go(state, reporting.Window(**host.get('window', {})))
-    _finish(loop, state)
+    # As parsed; the run's own commands read it again.
+    _write(directory, 'config.gin', gin_utils.config_str())
+    state = loop.go(state)
+    loop.finish(state)
+    _write(directory, 'operative_config.gin', gin_utils.operative_config_str())
   return state
 
 
@@ -414,33 +195,7 @@ def _lengths(run: run_lib.Run, split: str) -> str:
   )
 
 
-def _write_config(directory: pathlib.Path) -> None:
-  """The configuration as parsed; the run's own commands read it again."""
-  text = gin_utils.config_str()
+def _write(directory: pathlib.Path, name: str, text: str) -> None:
+  """A file of the configuration; none where gin was not used."""
   if text.strip() and jax.process_index() == 0:
-    path = directory / 'config.gin'
-    checkpoints.write_atomically(path, text.encode())
-
-
-def _finish(loop: Loop, state: Any) -> None:
-  """Saves the end, the trained part, the operative config and the curves."""
-  found = loop.reporter.last_evaluation
-  if loop.checkpointer.latest_step() != int(state.step):
-    loop._save(state, reporting.Window())
-  loop.checkpointer.close()
-  best = loop.model_dir / 'best.safetensors'
-  final = loop.model_dir / 'trainable.safetensors'
-  if loop.best.metric is not None and best.exists():
-    if jax.process_index() == 0:
-      checkpoints.write_atomically(final, best.read_bytes())
-  else:
-    loop.export(state, final.name, found)
-  if jax.process_index() == 0:
-    text = gin_utils.operative_config_str()
-    path = loop.model_dir / 'operative_config.gin'
-    checkpoints.write_atomically(path, text.encode())
-  loop.reporter.close()
-  step = loop.best.step if loop.best.metric else int(state.step)
-  logging.info('Done: %s holds the parameters of step %s.', final, step)
-  if not math.isfinite(loop.reporter.last_loss):
-    logging.warning('The last loss is not finite.')
+    checkpoints.write_atomically(directory / name, text.encode())

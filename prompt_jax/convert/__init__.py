@@ -5,9 +5,9 @@ from prompt_jax.convert.base import CheckpointError
 from prompt_jax.convert.base import CheckpointMismatch
 from prompt_jax.convert.base import Leaf
 from prompt_jax.convert.base import fit
-from prompt_jax.convert.base import open_checkpoint
 from prompt_jax.convert.base import report
 from prompt_jax.convert.huggingface import config_from_huggingface
+from prompt_jax.convert.opening import open_checkpoint
 from prompt_jax.convert.t5x import read_t5x_state
 
 __all__ = [

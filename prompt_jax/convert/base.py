@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import difflib
 import math
-import os
 import re
 
 import jax
@@ -73,27 +72,6 @@ class BaseCheckpoint:
   kind: str
   step: int | None
   leaves: Mapping[str, Leaf]
-
-
-def open_checkpoint(path: str | os.PathLike[str]) -> BaseCheckpoint:
-  """Opens a base checkpoint; its arrays are read later.
-
-  Args:
-    path: a T5X checkpoint (`.../checkpoint_1000000`, of the legacy or the Orbax
-      form; local or `gs://`), a local Hugging Face directory, or a directory
-      with T5X checkpoints, of which the newest is taken.
-
-  Raises:
-    CheckpointError: nothing to read is there, or what is there is damaged.
-  """
-  # Here, since the readers are built on this module.
-  from prompt_jax.convert import huggingface
-  from prompt_jax.convert import t5x
-
-  path = os.path.expanduser(path)
-  if huggingface.is_huggingface(path):
-    return huggingface.open_huggingface(path)
-  return t5x.open_t5x(path)
 
 
 # Lazy views of leaves.

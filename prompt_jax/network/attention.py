@@ -109,6 +109,7 @@ def attend(
   if implementation == 'auto':
     implementation = 'einsum' if jax.default_backend() == 'cpu' else 'xla'
   if implementation != 'einsum':
+    kernel: Any = implementation
     return jax.nn.dot_product_attention(
       query,
       key,
@@ -116,7 +117,7 @@ def attend(
       bias,
       mask,
       scale=1.0,
-      implementation=implementation,  # pyright: ignore[reportArgumentType]
+      implementation=kernel,
     )
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   logits = jnp.matmul(

@@ -87,7 +87,7 @@ class DecoderLayer(nn.Module):
     return x, None
 
 
-def _sow_hidden(module: nn.Module, x: Array) -> None:
+def _sow_hidden(module: Any, x: Array) -> None:
   """Hands the layer's output to whoever asks for `intermediates`."""
   module.sow(
     'intermediates',

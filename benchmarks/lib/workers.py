@@ -114,9 +114,7 @@ class Worker:
     env: variables of its environment, besides this process's.
   """
 
-  def __init__(
-    self, name: str, command: Sequence[str], env: Mapping[str, str]
-  ):
+  def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str]):
     self.name = name
     self._log = tempfile.TemporaryFile('w+')
     self._process = subprocess.Popen(

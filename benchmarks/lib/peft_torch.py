@@ -14,7 +14,8 @@ import torch
 from torch.utils import flop_counter
 import transformers
 from transformers import optimization
-import workers
+
+from lib import workers
 
 _LEARNING_RATE = 0.3
 _FEED_FORWARD = {
@@ -56,12 +57,11 @@ def _network(sizes: dict[str, Any], dropout: float) -> Any:
 class Peft:
   """The step of PEFT's prompt tuning, with transformers' Adafactor."""
 
-  def __init__(self, args: argparse.Namespace, name: str):
+  def __init__(self, args: argparse.Namespace, dtype: str):
     imports = workers.resident_bytes()
     torch.manual_seed(0)
     sizes = json.loads(args.sizes)
-    dtype = torch.bfloat16 if 'bfloat16' in name else torch.float32
-    network = _network(sizes, args.dropout).to(_device(), dtype)
+    network = _network(sizes, args.dropout).to(_device(), getattr(torch, dtype))
     settings = peft.PromptTuningConfig(
       task_type=peft.TaskType.SEQ_2_SEQ_LM,
       num_virtual_tokens=args.prompt,
@@ -138,8 +138,10 @@ class Product:
   """A product of two square matrices: the peak, as PyTorch reaches it."""
 
   def __init__(self, size: int, dtype: str):
-    draw = lambda: torch.randn(size, size).to(_device(), getattr(torch, dtype))
-    self._x, self._y = draw(), draw()
+    self._x, self._y = (
+      torch.randn(size, size).to(_device(), getattr(torch, dtype))
+      for _ in range(2)
+    )
     version = f'torch {torch.__version__}'
     self.info = {'version': version, 'flops': 2 * size**3}
 

@@ -12,27 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lib import workers
 from prompt_jax import checkpoints
 from prompt_jax import gin_utils
 from prompt_jax import models
 from prompt_jax import run as run_lib
 from prompt_jax import trainer
-import workers
-
-# A contestant's name is a form and any modifiers, 'loop+bfloat16+malloc'. The
-# fields are those of `T5Config`.
-FORMS: dict[str, dict[str, Any]] = {
-  'scan': {'scan_layers': True, 'scan_unroll': 1},
-  'unrolled_scan': {'scan_layers': True, 'scan_unroll': 0},
-  'loop': {'scan_layers': False},
-}
-MODIFIERS: dict[str, dict[str, Any]] = {
-  'bfloat16': {'dtype': 'bfloat16'},
-  'cudnn': {'attention_implementation': 'cudnn'},
-  'nodropout': {'dropout_rate': 0.0},
-  'remat': {'remat_policy': 'minimal'},
-  'malloc': {},  # the environment's business
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +54,10 @@ class Recipe:
 def recipe(
   model: str, prompt: int, vocabulary_path: str = '', **fields: Any
 ) -> Recipe:
-  """Reads `models/<model>.gin` and `methods/soft_prompt.gin`.
+  """Reads a model's file, `methods/soft_prompt.gin` and `runs/train.gin`.
 
   Args:
-    model: name of a packaged file.
+    model: name of a file in `gin_configs/models`.
     prompt: P.
     vocabulary_path: a SentencePiece model, '' for none.
     **fields: of `T5Config`, over those of the file; no dropout by default.
@@ -82,9 +67,11 @@ def recipe(
     'DROPOUT_RATE': 0.0,
     'DTYPE': 'float32',
     'VOCABULARY_PATH': vocabulary_path,
+    'MIXTURE_OR_TASK_NAME': '',
+    'TRAIN_STEPS': 1,
   }
   gin_utils.parse(
-    [f'models/{model}.gin', 'methods/soft_prompt.gin'],
+    [f'models/{model}.gin', 'methods/soft_prompt.gin', 'runs/train.gin'],
     [f'{k}={v!r}' for k, v in bindings.items()],
   )
   config = gin_utils.build('@t5.T5Config()')
@@ -106,15 +93,16 @@ class Ours:
   Attributes:
     info: platform, sizes, compile time, FLOPs and scratch memory of the
       program (the compiler counts the body of a loop once).
+
+  Args:
+    args: sizes of the step.
+    fields: of `T5Config`.
   """
 
-  def __init__(self, args: argparse.Namespace, name: str):
+  def __init__(self, args: argparse.Namespace, fields: dict[str, Any]):
     logging.getLogger('absl').setLevel(logging.ERROR)  # the base is random
     imports = workers.resident_bytes()
-    form, *modifiers = name.split('+')
-    fields = {'dropout_rate': args.dropout} | FORMS[form]
-    for modifier in modifiers:
-      fields |= MODIFIERS[modifier]
+    fields = {'dropout_rate': args.dropout, **fields}
     made = recipe(args.model, args.prompt, **fields)
     lengths = {'inputs': args.inputs, 'targets': args.targets}
     run = run_lib.Run(made.model, 'none', lengths)
@@ -187,8 +175,9 @@ class Product:
 
   def __init__(self, size: int, dtype: str):
     rng = np.random.default_rng(0)
-    draw = lambda: jnp.asarray(rng.standard_normal((size, size)), dtype)
-    self._x, self._y = draw(), draw()
+    self._x, self._y = (
+      jnp.asarray(rng.standard_normal((size, size)), dtype) for _ in range(2)
+    )
     self._product = jax.jit(jnp.matmul)
     self.info = {'version': f'jax {jax.__version__}', 'flops': 2 * size**3}
 
