@@ -68,7 +68,6 @@ setuptools.setup(
     'rouge-score>=0.1.2,<0.2',
     'scikit-learn>=1.9,<2',
     'matplotlib>=3.10,<4',
-    'tensorboardX>=2.6,<3',
     'tqdm>=4.67,<5',
   ],
   extras_require={

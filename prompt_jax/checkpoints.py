@@ -56,6 +56,7 @@ class Checkpointer:
     model_dir: str,
     keep: int | None = 3,
     base: fingerprints.Fingerprint | None = None,
+    vocabulary: str | None = None,
     read_only: bool = False,
   ):
     """Opens the directory.
@@ -64,10 +65,11 @@ class Checkpointer:
       model_dir: of the run.
       keep: how many of the newest checkpoints stay; None for all.
       base: fingerprint of the frozen base; None skips the comparison.
+      vocabulary: fingerprint of the vocabulary; the same.
       read_only: changes nothing, so that the run may be going on.
     """
     self.directory = pathlib.Path(model_dir).absolute() / 'checkpoints'
-    self.base = base
+    self.base, self.vocabulary = base, vocabulary
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
@@ -99,7 +101,7 @@ class Checkpointer:
       CheckpointError: the disk is full or the directory is gone.
     """
     step = int(state.step)
-    host = {**host, 'base': self.base or {}}
+    host = {**host, 'base': self.base, 'vocabulary': self.vocabulary}
     try:
       self._manager.save(
         step,
@@ -200,8 +202,7 @@ class Checkpointer:
       )
     host = self.host_state(step)
     where = f'The checkpoint {self.directory / str(step)}'
-    if self.base is not None:
-      fingerprints.check(host.get('base', {}), self.base, where)
+    check_origin(host, where, self.base, self.vocabulary)
     saved = self._manager.item_metadata(step)['state']
     saved = getattr(saved, 'tree', saved)
     check_shapes(saved['trainable'], abstract, where)
@@ -325,23 +326,30 @@ def load_trainable(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     raise CheckpointError(f'{path}: not a whole safetensors file: {e}') from e
 
 
-def check_header(
-  header: Mapping[str, str],
+def check_origin(
+  made_with: Mapping[str, Any],
   where: str,
-  base: fingerprints.Fingerprint,
-  vocabulary: str,
+  base: fingerprints.Fingerprint | None,
+  vocabulary: str | None,
 ) -> None:
-  """Compares what a trained part was made with to what is here.
+  """Compares what parameters were trained with to what is here.
+
+  Args:
+    made_with: `base` and `vocabulary`, fingerprints; None where not known.
+    where: they lie, for the message.
+    base: fingerprint of the base that has been loaded; None skips it.
+    vocabulary: fingerprint of the vocabulary here; None skips it.
 
   Raises:
     CheckpointError: another vocabulary.
     fingerprints.BaseMismatch: another frozen base.
   """
-  if 'base' in header:
-    fingerprints.check(json.loads(header['base']), base, where)
-  made_with = header.get('vocabulary', vocabulary)
-  if made_with != vocabulary:
+  saved = made_with.get('base')
+  if saved is not None and base is not None:
+    fingerprints.check(saved, base, where)
+  saved = made_with.get('vocabulary')
+  if None not in (saved, vocabulary) and saved != vocabulary:
     raise CheckpointError(
-      f'{where} was trained with another vocabulary (fingerprint '
-      f'{made_with}; the one loaded here is {vocabulary}).'
+      f'{where} was trained with another vocabulary (fingerprint {saved}; the '
+      f'one loaded here is {vocabulary}). Give the VOCABULARY_PATH of that run.'
     )

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import logging
 import os
 import pathlib
+import re
 import sys
+import threading
 import traceback
 
 _COMMANDS = {
@@ -104,7 +106,16 @@ def _bindings(args: argparse.Namespace, gin_flags: Sequence[str]) -> list[str]:
   if args.train_data or args.eval_data:
     values['MIXTURE_OR_TASK_NAME'] = 'user_data'
   out += [f'{k}={v!r}' for k, v in values.items() if v is not None]
-  return out + [flag.removeprefix('--gin.') for flag in gin_flags]
+  return out + [_absolute(flag.removeprefix('--gin.')) for flag in gin_flags]
+
+
+def _absolute(binding: str) -> str:
+  """A path that exists is bound whole, for commands run from elsewhere."""
+  name, _, value = binding.partition('=')
+  path = pathlib.Path(value)
+  if name.endswith('_PATH') and path.exists():
+    return f'{name}={str(path.absolute())!r}'
+  return binding
 
 
 def _gin_files(args: argparse.Namespace) -> list[str]:
@@ -125,11 +136,10 @@ def _gin_files(args: argparse.Namespace) -> list[str]:
 
 
 class _Ours(logging.Filter):
-  """Lines of this package, and errors of others."""
+  """Lines of this package; what fails elsewhere raises an error anyway."""
 
   def filter(self, record: logging.LogRecord) -> bool:
-    here = os.path.dirname(__file__)
-    return record.levelno >= logging.ERROR or record.pathname.startswith(here)
+    return record.pathname.startswith(os.path.dirname(__file__))
 
 
 def _set_up(debug: bool) -> None:
@@ -146,6 +156,8 @@ def _set_up(debug: bool) -> None:
   logging.getLogger().addHandler(handler)
   if not debug:
     handler.addFilter(_Ours())
+    # The checkpointer's threads hand on what fails in them; that is enough.
+    threading.excepthook = sys.unraisablehook = lambda _: None
     _import_quietly()
 
 
@@ -164,11 +176,20 @@ def _import_quietly() -> None:
 
 def _expected(error: BaseException) -> bool:
   """Whether an error was raised here, for the reader, and not deep inside."""
+  if isinstance(error, OSError) and error.filename is not None:
+    return True
   if not isinstance(error, ValueError | OSError | FloatingPointError):
     return False
-  frames = traceback.extract_tb(error.__traceback__)
-  here = os.path.dirname(os.path.abspath(__file__))
-  return bool(frames) and frames[-1].filename.startswith(here)
+  last = None
+  for last, _ in traceback.walk_tb(error.__traceback__):
+    pass
+  name = '' if last is None else last.f_globals.get('__name__', '')
+  return name.split('.')[0] == 'prompt_jax'
+
+
+def _message(error: BaseException) -> str:
+  """What an error says, without the calls that gin adds to it."""
+  return re.sub(r'\n  In call to configurable .*', '', str(error))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,8 +215,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   except Exception as error:
     if args.debug or not _expected(error):
       raise
-    print(f'prompt-jax {args.command}: {error}', file=sys.stderr)
+    print(f'prompt-jax {args.command}: {_message(error)}', file=sys.stderr)
     return 1
+  except KeyboardInterrupt:
+    if args.debug:
+      raise
+    print(f'prompt-jax {args.command}: interrupted', file=sys.stderr)
+    return 130
   return 0
 
 
@@ -207,6 +233,10 @@ def _run(
   partitioning.initialize_distributed(
     args.coordinator_address, args.num_processes, args.process_id
   )
+  if args.num_processes and args.process_id:  # the first one logs for all
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.WARNING)
   from prompt_jax import gin_utils
 
   gin_utils.parse(files, bindings)

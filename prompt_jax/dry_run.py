@@ -28,7 +28,7 @@ def show(rows: int = 3) -> None:
     if run.initial_checkpoint_path is None:
       print('\nBase: random (INITIAL_CHECKPOINT_PATH is None).')
     else:
-      checkpoint = convert.open_checkpoint(run.initial_checkpoint_path)
+      checkpoint = run.open_base()
       print(f'\nBase: {checkpoint.path} ({checkpoint.kind}).')
       print(convert.report(checkpoint, run.expected))
       convert.fit(checkpoint, run.expected)

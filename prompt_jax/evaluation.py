@@ -8,6 +8,7 @@ takes the label string with the highest log-likelihood.
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 from absl import logging
@@ -61,6 +62,7 @@ class Evaluation:
       ValueError: none has.
     """
     self.run, self.config = run, config
+    self._batches: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     provider = datasets.find_task(run.mixture_or_task_name)
     tasks = datasets.subtasks(provider)
     self.tasks = [t for t in tasks if config.split in t.splits]
@@ -118,7 +120,15 @@ class Evaluation:
   # ---- batches -------------------------------------------------------------
 
   def batches(self, task: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number of real rows, padded host batch) through the split in order."""
+    """(number of real rows, padded host batch) through the split in order.
+
+    Kept in memory: every evaluation of a run reads the same batches.
+    """
+    if task not in self._batches:
+      self._batches[task] = list(self._read(task))
+    yield from self._batches[task]
+
+  def _read(self, task: str) -> Iterator[tuple[int, dict[str, Any]]]:
     config = self.run.dataset_config(
       split=self.config.split,
       batch_size=self.config.batch_size,
@@ -232,11 +242,8 @@ class Evaluation:
     self, batch: dict[str, Any], trainable: Any, frozen: Any
   ) -> tuple[np.ndarray, np.ndarray]:
     """Decoded ids [B, N, U] and scores [B, N] on the host; best last."""
-    sampling = getattr(self.config.decode_fn, 'keywords', {})
-    greedy = sampling.get('temperature') == 0.0
-    beams = 'rng' not in _parameters(self.config.decode_fn)
-    rng = jax.random.key(self.config.seed)
-    kwargs = {} if greedy or beams else {'rng': rng}
+    takes_rng = 'rng' in inspect.signature(self.config.decode_fn).parameters
+    kwargs = {'rng': jax.random.key(self.config.seed)} if takes_rng else {}
     found = self._predict(frozen, trainable, self._put(batch), **kwargs)
     ids, scores = jax.device_get(found)
     return np.asarray(ids), np.asarray(scores)
@@ -256,12 +263,6 @@ class Evaluation:
       found = self.score(batch, trainable, frozen)[:rows]
       out += zip(map(int, index), map(float, found), strict=True)
     return out
-
-
-def _parameters(fn: Callable[..., Any]) -> Any:
-  import inspect
-
-  return inspect.signature(fn).parameters
 
 
 def _number(value: Any) -> Any:

@@ -66,7 +66,10 @@ class Trained:
   def _from_checkpoint(self, run: run_lib.Run, base: run_lib.Base) -> Any:
     assert self.model_dir is not None
     checkpointer = checkpoints.Checkpointer(
-      self.model_dir, base=base.fingerprint, read_only=True
+      self.model_dir,
+      base=base.fingerprint,
+      vocabulary=run.vocabulary_fingerprint,
+      read_only=True,
     )
     wanted = run.abstract_trainable(base)
     return checkpointer.restore_trainable(wanted, self.step)

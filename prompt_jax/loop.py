@@ -19,11 +19,10 @@ from prompt_jax import evaluation
 from prompt_jax import fingerprints
 from prompt_jax import reporting
 from prompt_jax import run as run_lib
-from prompt_jax import vocabularies
 
 
 class NonFiniteLoss(FloatingPointError):
-  """A loss or gradient was infinite or NaN; the run stopped before it."""
+  """A loss, gradient or update was infinite or NaN; it was not made."""
 
 
 @dataclasses.dataclass
@@ -215,8 +214,8 @@ class Loop:
         np.savez(path, **batch)
       self.checkpointer.wait()
       raise NonFiniteLoss(
-        f'The loss or its gradient is not finite at step {step} (loss '
-        f'{metrics["loss"]}, gradient norm {metrics["grad_norm"]}). The '
+        f'The loss, its gradient or its update is not finite at step {step} '
+        f'(loss {metrics["loss"]}, gradient norm {metrics["grad_norm"]}). The '
         f'batch is in {path}; parameters were not changed by it, and the '
         'last checkpoint is from before. Try a lower learning rate, float32 '
         'or a global_norm_clip_threshold.'
@@ -239,7 +238,6 @@ class Loop:
       'best': self.best.saved(),
     }
     self.checkpointer.save(state, host)
-    self.reporter.flush()
 
   def _leave(self, step: int) -> None:
     self.checkpointer.wait()
@@ -263,7 +261,7 @@ class Loop:
       'config': dataclasses.asdict(model.config),
       'base': self.base.fingerprint,
       'base_digest': fingerprints.digest(self.base.fingerprint),
-      'vocabulary': vocabularies.fingerprint(model.vocabulary),
+      'vocabulary': self.run.vocabulary_fingerprint,
       'step': int(state.step),
       'metrics': found,
       'shapes': jax.tree.map(lambda x: list(x.shape), trainable),

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
@@ -74,12 +75,12 @@ class Reporter:
     self._main = jax.process_index() == 0
     self._path = directory / 'metrics.jsonl'
     self._bar: Any = None
-    self._writer: Any = None
+    self._events: Any = None
     self._since = (time.monotonic(), step)
     if self._main:
       _cut(self._path, step)
       self._recall()
-      self._open_tensorboard(step)
+      self._events = _Events(directory / 'tensorboard', step)
 
   def _recall(self) -> None:
     """The last evaluation of the part of the run that is on the disk."""
@@ -89,13 +90,6 @@ class Reporter:
       if line['split'] != 'train':
         values = {k: line[k] for k in tuple(line)[3:]}
         self.last_evaluation[line['task']] = values
-
-  def _open_tensorboard(self, step: int) -> None:
-    from tensorboardX import SummaryWriter
-
-    folder = str(self.directory / 'tensorboard')
-    # Events after the step are hidden from TensorBoard.
-    self._writer = SummaryWriter(folder, purge_step=step + 1)
 
   @contextlib.contextmanager
   def progress(self, step: int) -> Iterator[None]:
@@ -113,7 +107,6 @@ class Reporter:
       if self._bar is not None:
         self._bar.close()
         self._bar = None
-      self.flush()
 
   def tick(self, step: int) -> None:
     """One more step is done."""
@@ -171,25 +164,61 @@ class Reporter:
     try:
       with open(self._path, 'a') as f:
         f.write(json.dumps(line) + '\n')
+      self._events.add(step, f'{split}/{task}', values)
     except OSError as e:
       raise checkpoints.CheckpointError(
-        f'{self._path} could not be written: {e.strerror}. The last '
+        f'{self._path} could not be written: {e.strerror or e}. The last '
         'checkpoint is untouched; free some space and start again.'
       ) from e
-    for name, value in values.items():
-      self._writer.add_scalar(f'{split}/{task}/{name}', value, step)
-
-  def flush(self) -> None:
-    """TensorBoard's events are on the disk when this returns."""
-    if self._main:
-      self._writer.flush()
 
   def close(self) -> None:
     """Closes the files and draws the curves."""
     if not self._main:
       return
-    self._writer.close()
+    self._events.close()
     draw(self._path, self.directory / 'curves.png')
+
+
+class _Events:
+  """TensorBoard's event file: records of protocol buffers, one a line.
+
+  Written at once and in this thread, so that a full disk is an error here.
+  """
+
+  def __init__(self, folder: pathlib.Path, step: int):
+    """Opens a new file; TensorBoard hides older events after `step`."""
+    import tensorflow as tf
+
+    self._tf = tf
+    name = f'events.out.tfevents.{time.time():.6f}.{os.getpid()}'
+    folder.mkdir(exist_ok=True)
+    self._file = tf.io.TFRecordWriter(str(folder / name))
+    log = tf.compat.v1.SessionLog
+    self._write(file_version='brain.Event:2')
+    self._write(step=step + 1, session_log=log(status=log.START))
+
+  def add(self, step: int, prefix: str, values: Mapping[str, float]) -> None:
+    """Scalars of one step.
+
+    Raises:
+      OSError: they could not be written.
+    """
+    summary = self._tf.compat.v1.Summary()
+    for name, value in values.items():
+      summary.value.add(tag=f'{prefix}/{name}', simple_value=value)
+    self._write(step=step, summary=summary)
+
+  def _write(self, **fields: Any) -> None:
+    event = self._tf.compat.v1.Event(wall_time=time.time(), **fields)
+    try:
+      self._file.write(event.SerializeToString())
+      self._file.flush()
+    except self._tf.errors.OpError as e:
+      raise OSError(e.message) from e
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
 
 
 def _cut(path: pathlib.Path, step: int) -> None:

@@ -7,6 +7,7 @@ A `Run` is the resolved configuration: model, data, mesh, base checkpoint.
 from collections.abc import Mapping
 import dataclasses
 import functools
+import json
 from typing import Any
 
 from absl import logging
@@ -129,6 +130,11 @@ class Run:
     provider = datasets.find_task(self.mixture_or_task_name)
     return [t.name for t in datasets.subtasks(provider)]
 
+  @functools.cached_property
+  def vocabulary_fingerprint(self) -> str:
+    """Differs where two vocabularies encode differently."""
+    return vocabularies.fingerprint(self.model.vocabulary)
+
   # ---- parameters ----------------------------------------------------------
 
   @functools.cached_property
@@ -166,6 +172,19 @@ class Run:
       step=step,
     )
 
+  def open_base(self) -> convert.BaseCheckpoint:
+    """The base checkpoint, of which nothing has been read.
+
+    Raises:
+      convert.CheckpointMismatch: a Hugging Face directory of another
+        configuration than the model's.
+    """
+    assert self.initial_checkpoint_path is not None
+    checkpoint = convert.open_checkpoint(self.initial_checkpoint_path)
+    if checkpoint.kind == 'huggingface':
+      convert.check_config(checkpoint.path, self.model.config)
+    return checkpoint
+
   def _read_base(self) -> tuple[dict[str, Any], int]:
     """A function for each array that puts it on the devices, and the step."""
     put, shardings = self.partitioner.put, self.network_shardings
@@ -181,7 +200,7 @@ class Run:
       )
       params = train_state.flatten(init(jax.random.PRNGKey(self.seed)))
       return {path: (lambda x=x: x) for path, x in params.items()}, 0
-    checkpoint = convert.open_checkpoint(self.initial_checkpoint_path)
+    checkpoint = self.open_base()
     leaves = convert.fit(checkpoint, self.expected)
 
     def reader(path: str, leaf: convert.Leaf) -> Any:
@@ -245,15 +264,17 @@ class Run:
     """The trained part from a `trainable.safetensors`, on the devices.
 
     Raises:
-      CheckpointError: names or shapes differ from this run's method.
+      CheckpointError: names or shapes differ from this run's method, or it
+        was trained with another vocabulary.
       fingerprints.BaseMismatch: it was trained on another base.
     """
     flat, header = checkpoints.load_trainable(path)
-    checkpoints.check_header(
-      header,
-      path,
-      base.fingerprint,
-      vocabularies.fingerprint(self.model.vocabulary),
+    made_with = {
+      'base': json.loads(header.get('base', 'null')),
+      'vocabulary': header.get('vocabulary'),
+    }
+    checkpoints.check_origin(
+      made_with, path, base.fingerprint, self.vocabulary_fingerprint
     )
     wanted = self.abstract_trainable(base)
     found = {'method': {}, 'network': {}} | train_state.unflatten(flat)

@@ -97,7 +97,10 @@ def train(
     base = run.load()
     abstract = run.abstract_state(optimizer, base)
     checkpointer = checkpoints.Checkpointer(
-      model_dir, keep_checkpoints, base.fingerprint
+      model_dir,
+      keep_checkpoints,
+      base.fingerprint,
+      run.vocabulary_fingerprint,
     )
     state, host = _start(
       run, base, abstract, optimizer, checkpointer, restore_optimizer_step

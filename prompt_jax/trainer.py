@@ -33,8 +33,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any]]:
   """One update of the trainable parameters.
 
-  A loss or gradient that is not finite leaves the state as it was and says so
-  in `metrics['finite']`; the loop then stops.
+  A loss, gradient or update that is not finite leaves the state as it was and
+  says so in `metrics['finite']`; the loop then stops.
 
   Args:
     state: donated.
@@ -74,6 +74,7 @@ def train_step(
   )
   grad_norm = optax.global_norm(grads)
   finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
+  finite &= jnp.isfinite(optax.global_norm(updates))
   new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
   extra = {
     'grad_norm': grad_norm,

@@ -38,6 +38,7 @@ CONFIG = T5Config(
   mlp_dim=32,
   num_encoder_layers=1,
   num_decoder_layers=1,
+  dropout_rate=0.1,
 )
 _WORDS = (('bad', 'awful', 'poor', 'dull'), ('good', 'great', 'fine', 'lovely'))
 

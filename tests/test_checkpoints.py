@@ -53,7 +53,7 @@ def opened(folder, *args, **kwargs):
 
 def saved(folder, steps=(3,), keep=3, base=BASE, **kwargs):
   """Saves states at some steps; returns the last."""
-  with opened(folder, keep, base) as checkpointer:
+  with opened(folder, keep, base=base) as checkpointer:
     for step in steps:
       checkpointer.save(state(step, **kwargs), {'data_position': step})
   return state(steps[-1], **kwargs)
@@ -81,7 +81,7 @@ def test_newest_stay(tmp_path):
   saved(tmp_path, steps=(1, 2, 3, 4), keep=2)
   folder = tmp_path / 'checkpoints'
   assert sorted(p.name for p in folder.iterdir()) == ['3', '4']
-  with opened(tmp_path, 2, BASE) as checkpointer:
+  with opened(tmp_path, 2, base=BASE) as checkpointer:
     got, _ = checkpointer.restore(abstract(state(3)), 3)
     assert int(got.step) == 3
     with pytest.raises(checkpoints.CheckpointError, match=r'step 1 .*\[3, 4\]'):
@@ -188,15 +188,17 @@ def test_all_wrong_shapes_are_listed(tmp_path):
     assert_same(checkpointer.restore(abstract(want))[0], want)
 
 
-def test_another_vocabulary_is_refused():
-  header = {'base': json.dumps(BASE), 'vocabulary': 'aaaa'}
-  checkpoints.check_header(header, 'x', BASE, 'aaaa')
-  with pytest.raises(
-    checkpoints.CheckpointError, match=r'x was .*vocabulary .*aaaa.*bbbb'
-  ):
-    checkpoints.check_header(header, 'x', BASE, 'bbbb')
-  with pytest.raises(fingerprints.BaseMismatch):
-    checkpoints.check_header(header, 'x', OTHER, 'aaaa')
+def test_another_vocabulary_is_refused(tmp_path):
+  with opened(tmp_path, vocabulary='aaaa') as checkpointer:
+    checkpointer.save(state(3), {})
+  with opened(tmp_path, vocabulary='bbbb') as checkpointer:
+    with pytest.raises(
+      checkpoints.CheckpointError, match=r'/3 was .*vocabulary .*aaaa.*bbbb'
+    ):
+      checkpointer.restore(abstract(state(3)))
+  for known in ('aaaa', None):
+    with opened(tmp_path, vocabulary=known) as checkpointer:
+      checkpointer.restore(abstract(state(3)))
 
 
 # ---- places that take no files -----------------------------------------------

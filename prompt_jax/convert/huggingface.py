@@ -130,6 +130,32 @@ def config_from_huggingface(path: str) -> dict[str, Any]:
   }
 
 
+def check_config(path: str, config: Any) -> None:
+  """Compares a model's configuration with a directory's, field by field.
+
+  Shapes do not show all of it: not the distances of the position buckets.
+
+  Args:
+    path: the Hugging Face directory.
+    config: a `T5Config`.
+
+  Raises:
+    CheckpointMismatch: fields differ; all are listed.
+  """
+  found = config_from_huggingface(path)
+  lines = [
+    f'  {name}: {value!r} in the directory, {getattr(config, name)!r} here'
+    for name, value in found.items()
+    if value != getattr(config, name)
+  ]
+  if lines:
+    raise base.CheckpointMismatch(
+      f'{path}/{_CONFIG} is not the configuration of the model file:\n'
+      + '\n'.join(lines)
+      + '\nGive the models/*.gin file of this checkpoint.'
+    )
+
+
 def _activations(config: Mapping[str, Any], path: str) -> tuple[str, ...]:
   name = config.get('feed_forward_proj', 'relu')
   known = {

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -350,3 +351,16 @@ def test_mismatch_names_the_leaves(tmp_path):
   assert f'{name} [6, 2] - float32 extra' in text
   assert 'token_embedder/embedding [11, 4] [12, 4] float32 misshapen' in text
   assert 'decoder/layers_{0..2}/mlp/wi_1/kernel - [4, 9] - missing' in text
+
+
+def test_another_configuration_is_refused_field_by_field(tmp_path):
+  path = write(tmp_path, random_tensors(gated=True), **V11)
+  fields = convert.config_from_huggingface(path)
+  same = t5.T5Config(**fields)
+  convert.check_config(path, same)
+  other = dataclasses.replace(same, relpos_max_distance=7, num_heads=1)
+  with pytest.raises(convert.CheckpointMismatch) as error:
+    convert.check_config(path, other)
+  text = str(error.value)
+  assert 'relpos_max_distance: ' in text and ', 7 here' in text
+  assert 'num_heads: ' in text and 'emb_dim' not in text

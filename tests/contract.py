@@ -1,0 +1,205 @@
+"""A method's gin file on the smallest model: what test_contract.py tests.
+
+Everything compiled is kept, so that a claim costs at most one compilation.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorflow as tf
+
+from prompt_jax import gin_rules
+from prompt_jax import gin_utils
+from prompt_jax import losses
+from prompt_jax import models
+from prompt_jax import partitioning
+from prompt_jax import run as run_lib
+from prompt_jax import train_state
+from prompt_jax import trainer
+
+FOLDER = gin_rules.packaged() / 'methods'
+SMALL = pathlib.Path(__file__).parent / 'testdata' / 'small.gin'
+LENGTHS = {'inputs': 8, 'targets': 6}
+ROWS, STEPS = 8, 3
+
+# Sizes of methods, by macro, that tests need not have as large as users do.
+SMALLER = {'PROMPT_LENGTH': 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """A method file on `testdata/small.gin`."""
+
+  model: models.EncoderDecoderModel
+  optimizer: Any
+  learning_rate_fn: Any
+
+  @functools.cached_property
+  def frozen(self) -> Any:
+    return self.model.split(params())[1]
+
+  def start(self) -> train_state.TrainState:
+    """The state before the first step, on the host."""
+    state = trainer.init_state(
+      jax.random.PRNGKey(1),
+      params(),
+      model=self.model,
+      optimizer=self.optimizer,
+    )
+    return on_host(state)
+
+  @functools.cached_property
+  def moved(self) -> Any:
+    """Trainable parameters away from any start at which they do nothing."""
+    rng = np.random.default_rng(0)
+
+    def move(x):
+      return x + rng.normal(scale=0.05, size=x.shape).astype(x.dtype)
+
+    return jax.tree.map(move, self.start().trainable)
+
+  @functools.cached_property
+  def batches(self) -> list[dict[str, np.ndarray]]:
+    """One for each step."""
+    return [self.convert(examples(seed)) for seed in range(STEPS)]
+
+  def convert(self, texts, lengths=LENGTHS, pack=False):
+    return convert(self.model, texts, lengths, pack)
+
+  @functools.cached_property
+  def logits(self) -> Any:
+    return jax.jit(self.model.logits)
+
+  @functools.cached_property
+  def gradients(self) -> Any:
+    return gradients(self.model)
+
+  @functools.cached_property
+  def unpacked(self) -> Any:
+    """Losses and gradients of the first batch's examples."""
+    batch = self.batches[0]
+    owner = np.arange(ROWS)[:, None]
+    owner = np.broadcast_to(owner, batch['decoder_target_tokens'].shape)
+    return self.gradients(self.frozen, self.moved, batch, owner)
+
+  @functools.cached_property
+  def step(self) -> Any:
+    step = functools.partial(
+      trainer.train_step,
+      model=self.model,
+      optimizer=self.optimizer,
+      learning_rate_fn=self.learning_rate_fn,
+    )
+    return jax.jit(step, donate_argnums=0)
+
+  @functools.cached_property
+  def trajectory(self) -> list[tuple[train_state.TrainState, Any]]:
+    """(state, metrics) at the start and after each step, on the host."""
+    state = self.start()
+    found = [(state, None)]
+    for batch in self.batches:
+      state, metrics = self.step(state, self.frozen, batch)
+      found.append((on_host(state), on_host(metrics)))
+    return found
+
+
+def header(name):
+  text = (FOLDER / f'{name}.gin').read_text().split('from __gin__')[0]
+  return ' '.join(text.replace('#', '').split())
+
+
+def build(references, model, name, flags):
+  """What a method's file makes of a model's."""
+  try:
+    gin_utils.parse(
+      [model, f'methods/{name}.gin', 'runs/train.gin'],
+      ['MIXTURE_OR_TASK_NAME=none', 'TRAIN_STEPS=3', *flags],
+    )
+    return [gin_utils.build(reference) for reference in references]
+  finally:
+    gin_utils.clear()
+
+
+@functools.cache
+def setup(name: str) -> Setup:
+  text = (FOLDER / f'{name}.gin').read_text()
+  bound = set(re.findall(r'^([A-Z_]+) *=', text, re.M))
+  flags = [f'{k}={v}' for k, v in SMALLER.items() if k in bound]
+  flags.append('DROPOUT_RATE=0.1')  # which only a training step has
+  parts = ('%MODEL', '%OPTIMIZER', '%LEARNING_RATE_FN')
+  return Setup(*build(parts, str(SMALL), name, flags))
+
+
+def other(of: Setup, **fields) -> models.EncoderDecoderModel:
+  """The same model with other fields of its network's configuration."""
+  config = dataclasses.replace(of.model.config, **fields)
+  return dataclasses.replace(of.model, config=config)
+
+
+@functools.cache
+def params():
+  """One random network for all methods."""
+  model = dataclasses.replace(setup('fine_tune').model, method=None)
+  init = jax.jit(model.init_network)
+  return on_host(partitioning.unbox(init(jax.random.PRNGKey(0))))
+
+
+def on_host(tree):
+  """Copies that no donated buffer can reach."""
+  return jax.tree.map(lambda x: np.array(x, copy=True), tree)
+
+
+@functools.cache
+def examples(seed: int, rows: int = ROWS):
+  """Texts of unequal lengths with EOS; no two have the same targets."""
+  rng = np.random.default_rng(seed)
+  texts = []
+  for _ in range(rows):
+    sizes = rng.integers(2, LENGTHS['inputs']), rng.integers(2, 6)
+    texts.append([[*rng.integers(3, 259, n).tolist(), 1] for n in sizes])
+  return tuple((inputs, targets) for inputs, targets in texts)
+
+
+def convert(model, texts, lengths=LENGTHS, pack=False):
+  """Examples as a run's feature converter batches them."""
+  run = run_lib.Run(model, 'none', lengths)
+  keys = ('inputs', 'targets', 'task_ids')[: len(texts[0])]
+  spec = {
+    key: tf.TensorSpec([] if key == 'task_ids' else [None], tf.int32)
+    for key in keys
+  }
+  rows = [dict(zip(keys, text, strict=True)) for text in texts]
+  ds = tf.data.Dataset.from_generator(lambda: rows, output_signature=spec)
+  found = list(run.converter(pack)(ds, lengths).as_numpy_iterator())
+  return {key: np.stack([row[key] for row in found]) for key in found[0]}
+
+
+def example_losses(model, frozen, trainable, batch, owner):
+  """The loss of each example; `owner` [B, U] says whose a target is."""
+  logits = model.logits(frozen, trainable, batch)
+  loss, _ = losses.cross_entropy_with_logits(
+    logits,
+    batch['decoder_target_tokens'],
+    label_smoothing=0.0,
+    z_loss=model.z_loss,
+  )
+  loss = loss * batch['decoder_loss_weights']
+  mine = owner[None] == jnp.arange(ROWS)[:, None, None]
+  return jnp.sum(jnp.where(mine, loss[None], 0.0), axis=(1, 2))
+
+
+def gradients(model):
+  """Losses [ROWS] and their gradients, each leaf [ROWS, ...]."""
+
+  def both(frozen, trainable, batch, owner):
+    each = functools.partial(example_losses, model, frozen)
+    found = each(trainable, batch, owner)
+    return found, jax.jacrev(each)(trainable, batch, owner)
+
+  return jax.jit(both)
