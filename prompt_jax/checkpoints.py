@@ -210,8 +210,21 @@ class Checkpointer:
 
   def close(self) -> None:
     """Waits for what is being written."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def __enter__(self) -> 'Checkpointer':
+    return self
+
+  def __exit__(self, kind: Any, *_: Any) -> None:
+    try:
+      self.close()
+    except CheckpointError as e:
+      if kind is None:
+        raise
+      logging.warning('%s', e)  # what stopped the run comes first
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

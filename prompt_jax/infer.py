@@ -65,14 +65,14 @@ class Trained:
 
   def _from_checkpoint(self, run: run_lib.Run, base: run_lib.Base) -> Any:
     assert self.model_dir is not None
-    checkpointer = checkpoints.Checkpointer(
+    with checkpoints.Checkpointer(
       self.model_dir,
       base=base.fingerprint,
       vocabulary=run.vocabulary_fingerprint,
       read_only=True,
-    )
-    wanted = run.abstract_trainable(base)
-    return checkpointer.restore_trainable(wanted, self.step)
+    ) as checkpointer:
+      wanted = run.abstract_trainable(base)
+      return checkpointer.restore_trainable(wanted, self.step)
 
 
 def evaluate(

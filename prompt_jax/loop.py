@@ -189,7 +189,7 @@ class Loop:
     step = int(state.step)
     if self.checkpointer.latest_step() != step:
       self._save(state)
-    self.checkpointer.close()
+    self.checkpointer.wait()
     best = self.model_dir / 'best.safetensors'
     final = self.model_dir / 'trainable.safetensors'
     if self.best.step is None:

@@ -96,46 +96,48 @@ def train(
     run.register_tasks()
     base = run.load()
     abstract = run.abstract_state(optimizer, base)
-    checkpointer = checkpoints.Checkpointer(
+    with checkpoints.Checkpointer(
       model_dir,
       keep_checkpoints,
       base.fingerprint,
       run.vocabulary_fingerprint,
-    )
-    state, host = _start(
-      run, base, abstract, optimizer, checkpointer, restore_optimizer_step
-    )
-    best = dataclasses.replace(best, **host.get('best', {}))
-    data = run.dataset_config(
-      split=train_split, batch_size=batch_size, shuffle=True, pack=pack
-    )
-    logging.info('%s', _lengths(run, train_split))
-    start = host.get('data_position', 0)
-    loop = loop_lib.Loop(
-      run=run,
-      base=base,
-      step_fn=_compile(
-        run, abstract, optimizer, learning_rate_fn, num_microbatches
-      ),
-      iterator=datasets.TrainIterator(data, run.converter(pack), start),
-      checkpointer=checkpointer,
-      reporter=reporting.Reporter(
-        directory, int(state.step), total_steps, run.mixture_or_task_name
-      ),
-      window=reporting.Window(**host.get('window', {})),
-      evaluate=eval_config and evaluation.Evaluation(run, eval_config),
-      best=best,
-      total_steps=total_steps,
-      log_period=log_period,
-      eval_period=eval_period,
-      checkpoint_period=checkpoint_period,
-      model_dir=directory,
-    )
-    # As parsed; the run's own commands read it again.
-    _write(directory, 'config.gin', gin_utils.config_str())
-    state = loop.go(state)
-    loop.finish(state)
-    _write(directory, 'operative_config.gin', gin_utils.operative_config_str())
+    ) as checkpointer:
+      state, host = _start(
+        run, base, abstract, optimizer, checkpointer, restore_optimizer_step
+      )
+      best = dataclasses.replace(best, **host.get('best', {}))
+      data = run.dataset_config(
+        split=train_split, batch_size=batch_size, shuffle=True, pack=pack
+      )
+      logging.info('%s', _lengths(run, train_split))
+      start = host.get('data_position', 0)
+      loop = loop_lib.Loop(
+        run=run,
+        base=base,
+        step_fn=_compile(
+          run, abstract, optimizer, learning_rate_fn, num_microbatches
+        ),
+        iterator=datasets.TrainIterator(data, run.converter(pack), start),
+        checkpointer=checkpointer,
+        reporter=reporting.Reporter(
+          directory, int(state.step), total_steps, run.mixture_or_task_name
+        ),
+        window=reporting.Window(**host.get('window', {})),
+        evaluate=eval_config and evaluation.Evaluation(run, eval_config),
+        best=best,
+        total_steps=total_steps,
+        log_period=log_period,
+        eval_period=eval_period,
+        checkpoint_period=checkpoint_period,
+        model_dir=directory,
+      )
+      # As parsed; the run's own commands read it again.
+      _write(directory, 'config.gin', gin_utils.config_str())
+      state = loop.go(state)
+      loop.finish(state)
+      _write(
+        directory, 'operative_config.gin', gin_utils.operative_config_str()
+      )
   return state
 
 

@@ -31,6 +31,11 @@ ROWS, STEPS = 8, 3
 # Sizes of methods, by macro, that tests need not have as large as users do.
 SMALLER = {'PROMPT_LENGTH': 3}
 
+# What is compared is computed alike, and is compiled much longer than it runs.
+jit = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -74,7 +79,7 @@ class Setup:
 
   @functools.cached_property
   def logits(self) -> Any:
-    return jax.jit(self.model.logits)
+    return jit(self.model.logits)
 
   @functools.cached_property
   def gradients(self) -> Any:
@@ -96,7 +101,7 @@ class Setup:
       optimizer=self.optimizer,
       learning_rate_fn=self.learning_rate_fn,
     )
-    return jax.jit(step, donate_argnums=0)
+    return jit(step, donate_argnums=0)
 
   @functools.cached_property
   def trajectory(self) -> list[tuple[train_state.TrainState, Any]]:
@@ -146,7 +151,7 @@ def other(of: Setup, **fields) -> models.EncoderDecoderModel:
 def params():
   """One random network for all methods."""
   model = dataclasses.replace(setup('fine_tune').model, method=None)
-  init = jax.jit(model.init_network)
+  init = jit(model.init_network)
   return on_host(partitioning.unbox(init(jax.random.PRNGKey(0))))
 
 
@@ -202,4 +207,4 @@ def gradients(model):
     found = each(trainable, batch, owner)
     return found, jax.jacrev(each)(trainable, batch, owner)
 
-  return jax.jit(both)
+  return jit(both)

@@ -44,11 +44,8 @@ def abstract(found, sharding=None):
   )
 
 
-@contextlib.contextmanager
 def opened(folder, *args, **kwargs):
-  found = checkpoints.Checkpointer(str(folder), *args, **kwargs)
-  yield found
-  found.close()
+  return checkpoints.Checkpointer(str(folder), *args, **kwargs)
 
 
 def saved(folder, steps=(3,), keep=3, base=BASE, **kwargs):
@@ -222,11 +219,10 @@ def largest_file(size):
 def test_failed_save_leaves_the_last_checkpoint(tmp_path):
   shape = (512, 512)
   want = saved(tmp_path, shape=shape)
-  checkpointer = checkpoints.Checkpointer(str(tmp_path), base=BASE)
   with largest_file(100_000):
     with pytest.raises(checkpoints.CheckpointError) as error:
-      checkpointer.save(state(4, shape), {})
-      checkpointer.wait()
+      with opened(tmp_path, base=BASE) as checkpointer:
+        checkpointer.save(state(4, shape), {})
   assert 'step 3) is untouched' in str(error.value)
   with opened(tmp_path, base=BASE) as checkpointer:
     assert checkpointer.latest_step() == 3

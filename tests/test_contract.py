@@ -84,7 +84,7 @@ def test_starts_at_the_frozen_model_where_its_header_says_so(name):
   s = contract.setup(name)
   bare = models.EncoderDecoderModel(s.model.config)
   plain = contract.convert(bare, contract.examples(0))
-  want = jax.jit(bare.logits)(contract.params(), helpers.NOTHING, plain)
+  want = contract.jit(bare.logits)(contract.params(), helpers.NOTHING, plain)
   got = s.logits(s.frozen, s.start().trainable, s.batches[0])
   if 'Starts at the frozen model.' in contract.header(name):
     np.testing.assert_allclose(got, want, **CLOSE)
@@ -176,7 +176,7 @@ def test_mixed_batch_is_each_task_alone(name):
     (*text, task)
     for text, task in zip(contract.examples(0), tasks, strict=True)
   ]
-  got = jax.jit(together.logits)(
+  got = contract.jit(together.logits)(
     s.frozen, own, contract.convert(together, texts)
   )
   single = train_state.flatten(s.start().trainable['method'])
@@ -245,7 +245,9 @@ def test_cached_decoding_is_teacher_forcing(name):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
 
   batch = helpers.as_jax(s.batches[0])
-  predict = jax.jit(functools.partial(s.model.predict_batch, decode_fn=greedy))
+  predict = contract.jit(
+    functools.partial(s.model.predict_batch, decode_fn=greedy)
+  )
   decoded, got = predict(s.frozen, s.moved, batch)
   read = np.pad(decoded, ((0, 0), (1, 0)))[:, :-1]
   given = {**s.batches[0], 'decoder_input_tokens': read}
@@ -326,7 +328,7 @@ def test_bfloat16_is_near(name):
   model = contract.other(s, dtype='bfloat16')
   frozen = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), s.frozen)
   batch = s.batches[0]
-  sums = jax.jit(model.loss_fn)(frozen, s.moved, batch)[1]
+  sums = contract.jit(model.loss_fn)(frozen, s.moved, batch)[1]
   want = s.unpacked[0].sum()
   assert sums['loss'].dtype == jnp.float32 and np.isfinite(sums['loss'])
   assert abs(sums['loss'] - want) / sums['target_tokens'] < 0.05
@@ -378,9 +380,9 @@ def test_combines_with_a_soft_prompt(name):
   assert chain.soft_ids.shape == (1, alone + 2)
   both = dataclasses.replace(s, model=chain)
   batch = both.batches[0]
-  loss, found = jax.jit(jax.value_and_grad(chain.loss_fn, 1, has_aux=True))(
-    both.frozen, both.moved, batch
-  )
+  loss, found = contract.jit(
+    jax.value_and_grad(chain.loss_fn, 1, has_aux=True)
+  )(both.frozen, both.moved, batch)
   assert np.isfinite(loss[0])
   assert len(paths(found)) == len(paths(s.moved)) + 1
   for path, x in train_state.flatten(found).items():

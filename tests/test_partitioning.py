@@ -91,7 +91,9 @@ def test_every_process_reads_only_its_own_part():
 
 def test_one_process_needs_no_coordinator(monkeypatch):
   called = []
-  monkeypatch.setattr(jax.distributed, 'initialize', lambda *a: called.append(a))
+  monkeypatch.setattr(
+    jax.distributed, 'initialize', lambda *a: called.append(a)
+  )
   for name in ('JAX_COORDINATOR_ADDRESS', 'PROMPT_JAX_DISTRIBUTED'):
     monkeypatch.delenv(name, raising=False)
   partitioning.initialize_distributed()
