@@ -6,6 +6,7 @@ answers at once.
 
 import argparse
 from collections.abc import Sequence
+import importlib
 import logging
 import os
 import pathlib
@@ -168,7 +169,7 @@ def _import_quietly() -> None:
   try:
     with open(os.devnull, 'wb') as nowhere:
       os.dup2(nowhere.fileno(), 2)
-    import seqio as _
+    importlib.import_module('seqio')
   finally:
     os.dup2(stderr, 2)
     os.close(stderr)
@@ -180,9 +181,8 @@ def _expected(error: BaseException) -> bool:
     return True
   if not isinstance(error, ValueError | OSError | FloatingPointError):
     return False
-  last = None
-  for last, _ in traceback.walk_tb(error.__traceback__):
-    pass
+  frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+  last = frames[-1] if frames else None
   name = '' if last is None else last.f_globals.get('__name__', '')
   return name.split('.')[0] == 'prompt_jax'
 

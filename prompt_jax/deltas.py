@@ -23,6 +23,7 @@ This file knows nothing of methods; methods are in `prompt_jax/methods`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+import dataclasses
 import difflib
 from typing import Any
 
@@ -150,7 +151,11 @@ def adapt_sublayer(
 ) -> Float[Array, 'B T D']:
   """`y` becomes `y + relu(y A) B`."""
   factors = _read(module, 'bottleneck')
-  return y if factors is None else y + _two_factors(y, *factors, nn.relu)
+  return (
+    y
+    if factors is None
+    else y + _two_factors(y, factors[0], factors[1], nn.relu)
+  )
 
 
 # ---- operations on whole Deltas --------------------------------------------
@@ -247,11 +252,13 @@ def repeat(deltas: Deltas, times: int) -> Deltas:
 
   def one(path: str, delta: Routed) -> Routed:
     if delta.group is not None:
-      return delta.replace(group=jnp.repeat(delta.group, times, axis=-1))
+      return dataclasses.replace(
+        delta, group=jnp.repeat(delta.group, times, axis=-1)
+      )
     axis, groups = _groups(path, delta)
     if groups == 1:
       return delta
-    return delta.replace(table=_repeat(delta.table, times, axis))
+    return dataclasses.replace(delta, table=_repeat(delta.table, times, axis))
 
   return {path: one(path, delta) for path, delta in deltas.items()}
 
@@ -305,7 +312,7 @@ def merge_into_weights(deltas: Deltas, params: Any) -> Any:
         f'{path}: {kind}{"" if shared else " that differs by example"} cannot '
         'be folded into a weight; export the trainable parameters instead.'
       )
-    kernel = flat[f'{module}/kernel']
+    kernel: Any = flat[f'{module}/kernel']
     if kind == 'low_rank':
       a, b = (jnp.squeeze(t, -3) for t in delta.table)
       kernel = kernel + a @ b

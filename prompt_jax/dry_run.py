@@ -93,7 +93,7 @@ def _mesh(run: run_lib.Run) -> str:
 def _data(run: run_lib.Run, rows: int) -> str:
   parts = []
   provider = datasets.find_task(run.mixture_or_task_name)
-  split = 'train' if 'train' in provider.splits else list(provider.splits)[0]
+  split = 'train' if 'train' in provider.splits else next(iter(provider.splits))
   for name in run.task_names:
     report = datasets.length_report(name, split, run.task_feature_lengths)
     parts.append(str(report))

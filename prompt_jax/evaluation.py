@@ -93,10 +93,13 @@ class Evaluation:
     for task in self.tasks:
       out[task.name] |= self._teacher_forced(task.name, trainable, frozen)
     if self.config.decode and self._evaluator is not None:
+      # seqio's types ask for more parameters than its calls give.
+      predict_fn: Any = lambda ds: self._predictions(ds, trainable, frozen)  # noqa: E731
+      score_fn: Any = lambda ds: self._scores(ds, trainable, frozen)  # noqa: E731
       future, _ = self._evaluator.evaluate(
         compute_metrics=True,
-        predict_fn=lambda ds: self._predictions(ds, trainable, frozen),
-        score_fn=lambda ds: self._scores(ds, trainable, frozen),
+        predict_fn=predict_fn,
+        score_fn=score_fn,
       )
       for name, found in (future.result() or {}).items():
         out[name] |= {k: float(_number(v)) for k, v in found.items()}

@@ -215,10 +215,10 @@ def _write_lines(
 
 def _text(decode: Any, ids: np.ndarray) -> str:
   """The text of decoded ids, up to and without EOS."""
-  ids = [int(i) for i in ids]
-  if 1 in ids:
-    ids = ids[: ids.index(1)]
-  return decode([i for i in ids if i > 0])
+  kept = [int(i) for i in ids]
+  if 1 in kept:
+    kept = kept[: kept.index(1)]
+  return decode([i for i in kept if i > 0])
 
 
 def _texts(run: run_lib.Run, batch: Any, i: int) -> dict[str, str]:

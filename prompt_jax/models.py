@@ -113,10 +113,13 @@ class EncoderDecoderModel:
     """What the method lays on the network for this batch."""
     if self.method is None:
       return {}
-    context = self.context(self.embedding(params)).replace(
-      tokens=self.method_tokens(batch), task_ids=batch.get('task_ids')
+    context = dataclasses.replace(
+      self.context(self.embedding(params)),
+      tokens=self.method_tokens(batch),
+      task_ids=batch.get('task_ids'),
     )
-    return self.method.apply({'params': trainable['method']}, context)
+    found: Any = self.method.apply({'params': trainable['method']}, context)
+    return found
 
   def variables(
     self, frozen: Any, trainable: Any, batch: Batch, beams: int = 1

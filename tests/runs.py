@@ -7,11 +7,8 @@ is written where a test wants it.
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import random
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -164,7 +161,7 @@ def go(run: run_lib.Run, model_dir: pathlib.Path, **kwargs: Any) -> Any:
       'batch_size': 8,
       'optimizer': _OPTIMIZER,
       'learning_rate_fn': _constant(rate),
-      'log_period': 2,
+      'log_period': 3,
       'eval_period': 6,
       'checkpoint_period': 4,
       **kwargs,

@@ -1,11 +1,13 @@
-"""The training loop, on a model of one layer: what a run writes and survives."""
+"""The training loop, on a model of one layer: what a run writes, survives."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,14 @@ import pytest
 import runs
 
 from prompt_jax import checkpoints
+from prompt_jax import datasets
 from prompt_jax import evaluation
 from prompt_jax import fingerprints
 from prompt_jax import loop
 from prompt_jax import models
 from prompt_jax import optimizers
 from prompt_jax import reporting
+from prompt_jax import train
 from prompt_jax import vocabularies
 from prompt_jax.methods.soft_prompt import SoftPrompt
 
@@ -35,6 +39,32 @@ def data(tmp_path_factory):
 def no_curves(monkeypatch):
   """Drawing takes half a second; the run of `whole` has drawn its own."""
   monkeypatch.setattr(reporting, 'draw', lambda metrics, picture: None)
+
+
+class Remembered:
+  """A `TrainIterator` that builds each dataset once."""
+
+  known = {}
+
+  def __init__(self, config, converter, start):
+    key = f'{config} {type(converter)} {converter.soft_ids} {converter.pack}'
+    if key not in self.known:
+      iterator = datasets.TrainIterator(config, converter)
+      self.known[key] = list(itertools.islice(iterator, 12))
+    self.batches, self.position = self.known[key], start
+
+  def __next__(self):
+    self.position += 1
+    return self.batches[self.position - 1]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """For tests in which the data are not the point."""
+  fake = types.SimpleNamespace(
+    TrainIterator=Remembered, length_report=lambda *_: ''
+  )
+  monkeypatch.setattr(train, 'datasets', fake)
 
 
 @pytest.fixture(scope='module')
@@ -86,12 +116,15 @@ def assert_same_run(got, want):
 def test_same_run_twice(run, whole, tmp_path):
   runs.go(run, tmp_path)
   assert_same_run(tmp_path, whole)
-  assert list(runs.losses(whole)) == [2, 4, 6, 8, 10, 12]
+  assert list(runs.losses(whole)) == [3, 6, 9, 12]
 
 
 @pytest.mark.parametrize('step', [2, 7], ids=['before', 'after'])
 def test_killed_run_goes_on(run, whole, tmp_path, kill, step):
-  """Before and after its first checkpoint, which is that of step 4."""
+  """Before and after its first checkpoint, which is that of step 4.
+
+  The log's windows of three steps span it.
+  """
   kill(step)
   with pytest.raises(Killed):
     runs.go(run, tmp_path)
@@ -105,17 +138,7 @@ def test_killed_run_goes_on(run, whole, tmp_path, kill, step):
   assert_same_run(tmp_path, whole)
 
 
-def test_window_of_the_log_spans_a_stop(run, tmp_path, kill):
-  kwargs = {'log_period': 5, 'total_steps': 10}
-  runs.go(run, tmp_path / 'whole', **kwargs)
-  kill(9)
-  with pytest.raises(Killed):
-    runs.go(run, tmp_path / 'killed', **kwargs)
-  runs.go(run, tmp_path / 'killed', **kwargs)
-  assert_same_run(tmp_path / 'killed', tmp_path / 'whole')
-
-
-def test_sigterm_saves_and_leaves(run, whole, tmp_path, kill):
+def test_sigterm_saves_and_leaves(run, whole, quick, tmp_path, kill):
   handler = signal.getsignal(signal.SIGTERM)
   kill(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
   with pytest.raises(SystemExit) as left:
@@ -128,7 +151,7 @@ def test_sigterm_saves_and_leaves(run, whole, tmp_path, kill):
   assert_same_run(tmp_path, whole)
 
 
-def test_finished_run_stays_as_it_is(run, whole, tmp_path):
+def test_finished_run_stays_as_it_is(run, whole, quick, tmp_path):
   folder = tmp_path / 'again'
   shutil.copytree(whole, folder)
   (folder / 'trainable.safetensors').unlink()
@@ -136,7 +159,7 @@ def test_finished_run_stays_as_it_is(run, whole, tmp_path):
   assert_same_run(folder, whole)
 
 
-def test_run_may_be_made_longer(run, whole, tmp_path):
+def test_run_may_be_made_longer(run, whole, quick, tmp_path):
   runs.go(run, tmp_path, total_steps=8)
   runs.go(run, tmp_path)
   assert_same_run(tmp_path, whole)
@@ -145,7 +168,7 @@ def test_run_may_be_made_longer(run, whole, tmp_path):
 # ---- meshes ----------------------------------------------------------------
 
 
-def test_mesh_changes_nothing(data, whole, tmp_path, kill):
+def test_mesh_changes_nothing(data, whole, quick, tmp_path, kill):
   """2x4 against one device; then half on the mesh, the rest on one device."""
   mesh = runs.make(data, mesh=(2, 4))
   runs.go(mesh, tmp_path / 'mesh')
@@ -166,7 +189,7 @@ def test_mesh_changes_nothing(data, whole, tmp_path, kill):
 def test_other_runs_are_refused(data, whole, tmp_path):
   folder = tmp_path / 'run'
   shutil.copytree(whole, folder)
-  with pytest.raises(fingerprints.BaseMismatch, match='token_embedder') as e:
+  with pytest.raises(fingerprints.BaseMismatch, match='layers_0/') as e:
     runs.go(runs.make(data, seed=1), folder)
   assert str(folder / 'checkpoints' / '12') in str(e.value)
   with pytest.raises(
@@ -195,8 +218,8 @@ def test_other_runs_are_refused(data, whole, tmp_path):
 )
 def test_wrong_arguments(run, tmp_path, wrong, message):
   with pytest.raises(ValueError, match=message):
-    runs.go(run, tmp_path / 'run', **wrong)
-  assert not (tmp_path / 'run').exists()
+    runs.go(run, tmp_path, **wrong)
+  assert not list(tmp_path.iterdir())
 
 
 def test_directory_that_takes_no_files(run, tmp_path):
@@ -205,7 +228,7 @@ def test_directory_that_takes_no_files(run, tmp_path):
     runs.go(run, tmp_path / 'file')
 
 
-def test_batch_must_divide_over_the_mesh(data, tmp_path):
+def test_batch_must_divide_over_the_mesh(data, quick, tmp_path):
   with pytest.raises(ValueError, match='batch of 6 rows.*4 devices'):
     runs.go(runs.make(data, mesh=(4, 2)), tmp_path, batch_size=6)
 
@@ -223,24 +246,18 @@ def assert_stopped(run, folder, step, **kwargs):
     assert batch['decoder_loss_weights'].sum() > 0
 
 
-@pytest.mark.parametrize('bad', [5, 7])
-def test_update_that_is_not_finite(run, whole, tmp_path, bad):
+def test_learning_rate_that_is_too_high(run, whole, quick, tmp_path):
   """Step 7 is read only when step 8 is due: the checkpoint must not come."""
-  rate = lambda step: jnp.where(step == bad, jnp.inf, 0.3)
-  assert_stopped(run, tmp_path, bad, learning_rate_fn=rate)
+  rate = lambda step: jnp.where(step == 7, 1e30, 0.3)
+  assert_stopped(run, tmp_path, 7, learning_rate_fn=rate)
   assert os.listdir(tmp_path / 'checkpoints') == ['4']
-  assert list(runs.losses(tmp_path)) == [2, 4, 6][: bad // 2]
+  assert list(runs.losses(tmp_path)) == [3, 6]
   # The checkpoint is of before, so that a better rate can go on from it.
   runs.go(run, tmp_path)
   assert_same_run(tmp_path, whole)
 
 
-def test_learning_rate_that_is_too_high(run, tmp_path):
-  assert_stopped(run, tmp_path, 0, learning_rate=1e30)
-  assert os.listdir(tmp_path / 'checkpoints') == []
-
-
-def test_base_with_a_nan(data, tmp_path):
+def test_base_with_a_nan(data, quick, tmp_path):
   run = runs.make(data)
   base = run.load()
   frozen = jax.tree.map(lambda x: x.at[..., 0].set(jnp.nan), base.frozen)
@@ -288,7 +305,7 @@ def header(path: pathlib.Path):
   return checkpoints.load_trainable(str(path))[1]
 
 
-def test_best_evaluation_is_kept(run, tmp_path, kill, script):
+def test_best_evaluation_is_kept(run, quick, tmp_path, kill, script):
   """Also by a run that was killed after it."""
   script(1, 2, 5, 3, 4, 5)
   runs.go(run, tmp_path / 'whole', **EVALUATE)
@@ -309,7 +326,7 @@ def test_best_evaluation_is_kept(run, tmp_path, kill, script):
   assert sorted(names, key=int) == ['4', '8', '12']
 
 
-def test_early_stop(run, tmp_path, script):
+def test_early_stop(run, quick, tmp_path, script):
   script(5, 4, 3, 2, 1, 0)
   kwargs = {**EVALUATE, 'best_metric': 'a/other', 'best_mode': 'min'}
   state = runs.go(run, tmp_path / 'min', patience=2, **kwargs)
@@ -325,7 +342,7 @@ def test_early_stop(run, tmp_path, script):
   assert int(state.step) == 10
 
 
-def test_metric_that_does_not_exist(run, tmp_path, script):
+def test_metric_that_does_not_exist(run, quick, tmp_path, script):
   script(1)
   with pytest.raises(ValueError, match=r"'acuracy'.*a/accuracy, a/other, b/"):
     runs.go(run, tmp_path, **{**EVALUATE, 'best_metric': 'acuracy'})
@@ -382,7 +399,7 @@ def test_lines_of_the_log(whole):
     assert line['learning_rate'] == pytest.approx(0.3)
 
 
-def test_adafactor_counts_on_from_the_base(data, tmp_path):
+def test_adafactor_counts_on_from_the_base(data, quick, tmp_path):
   """T5X restores the optimizer's step, and early updates depend on it."""
   run = runs.make(data)
   run.__dict__['_base'] = dataclasses.replace(run.load(), step=1000)
@@ -397,7 +414,7 @@ def test_adafactor_counts_on_from_the_base(data, tmp_path):
 # ---- other ways to train -----------------------------------------------------
 
 
-def test_microbatches_and_packing(data, tmp_path):
+def test_microbatches_and_packing(data, quick, tmp_path):
   """Microbatches add up to the batch; packed rows hold more examples."""
   run = runs.make(data, config={'dropout_rate': 0.0})
   kwargs = {'total_steps': 4}
@@ -416,31 +433,31 @@ def test_microbatches_and_packing(data, tmp_path):
   assert tokens[1] > 2 * tokens[0]
 
 
-FINE_TUNE = {'method': None, 'trainable_patterns': ('.*',)}
+EVAL = evaluation.EvalConfig(batch_size=21, decode=False)
+SHORT = {'total_steps': 8, 'eval_period': 8, 'eval_config': EVAL}
 
 
-@pytest.mark.parametrize(
-  ('fields', 'kwargs'),
-  [
-    (FINE_TUNE, {'optimizer': optimizers.adafactor(), 'learning_rate': 1e-2}),
-    (
-      {'model': models.DecoderOnlyModel, 'config': {'num_encoder_layers': 0}},
-      {},
-    ),
-  ],
-  ids=['fine_tune', 'decoder_only'],
-)
-def test_trains_saves_and_goes_on(data, tmp_path, kill, fields, kwargs):
-  run = runs.make(data, **fields)
-  config = evaluation.EvalConfig(batch_size=21, decode=False)
-  kwargs = {**kwargs, 'total_steps': 8, 'eval_period': 8, 'eval_config': config}
+def assert_trains(folder):
+  found = runs.losses(folder)
+  assert found[8] < found[3]
+  last = runs.metrics(folder)[-1]
+  assert {'loss_per_token', 'rank_accuracy'} <= set(last)
+
+
+def test_fine_tuning(data, quick, tmp_path, kill):
+  run = runs.make(data, method=None, trainable_patterns=('.*',))
+  kwargs = {**SHORT, 'optimizer': optimizers.adafactor(), 'learning_rate': 0.01}
   runs.go(run, tmp_path / 'whole', **kwargs)
   kill(6)
   with pytest.raises(Killed):
     runs.go(run, tmp_path / 'killed', **kwargs)
   runs.go(run, tmp_path / 'killed', **kwargs)
   assert_same_run(tmp_path / 'killed', tmp_path / 'whole')
-  found = runs.losses(tmp_path / 'whole')
-  assert found[8] < found[2]
-  last = runs.metrics(tmp_path / 'whole')[-1]
-  assert {'loss_per_token', 'rank_accuracy'} <= set(last)
+  assert_trains(tmp_path / 'whole')
+
+
+def test_decoder_only(data, quick, tmp_path):
+  config = {'num_encoder_layers': 0}
+  run = runs.make(data, model=models.DecoderOnlyModel, config=config)
+  runs.go(run, tmp_path, **SHORT)
+  assert_trains(tmp_path)

@@ -216,7 +216,10 @@ def test_runs_train_together_as_alone():
   batches = [_batch(model, seed=i) for i in range(3)]
   scales = jnp.asarray([0.5, 1.0, 2.0])
   step = _step(model, optimizer, 0.3)
-  stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+  def stack(trees):
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
   together = jax.vmap(step, in_axes=(0, None, 0, 0))(
     stack(states), params, stack(batches), scales
   )

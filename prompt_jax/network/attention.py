@@ -47,6 +47,11 @@ def relative_position_bucket(
   return bucket + jnp.where(distance < exact, distance, large)
 
 
+def query_init(head_dim: int) -> layers.Initializer:
+  """T5 folds the logits' 1/sqrt(K) into the initial query kernel."""
+  return lambda *args: layers.attention_init(*args) * head_dim**-0.5
+
+
 class RelativePositionBias(nn.Module):
   """A learned number for each head and bucket of distances.
 
@@ -196,9 +201,7 @@ class Attention(nn.Module):
 
   def _project(self, x: Array, name: str) -> Array:
     c = self.config
-    init = layers.attention_init
-    if name == 'query':
-      init = lambda *args: layers.attention_init(*args) * c.head_dim**-0.5
+    init = query_init(c.head_dim) if name == 'query' else layers.attention_init
     dense = layers.Dense(
       c.num_heads * c.head_dim, ('embed', 'joined_kv'), init, name=name
     )

@@ -23,6 +23,7 @@ class DecoderOnly(nn.Module):
   decode_length: int = 0
 
   def setup(self):
+    """Makes the stack."""
     self.decoder = t5.Decoder(
       self.config, None, self.deterministic, self.decode_length
     )

@@ -143,6 +143,7 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T E']:
+    """Projects x."""
     shape = (x.shape[-1], self.features)
     kernel = param(self, 'kernel', self.kernel_init, shape, self.axes)
     return deltas.adapt_projection(self, x, x @ kernel.astype(x.dtype))
@@ -154,6 +155,7 @@ class Embed(nn.Module):
   config: T5Config
 
   def setup(self):
+    """Makes the table."""
     c = self.config
     self.embedding = param(
       self,
@@ -164,6 +166,7 @@ class Embed(nn.Module):
     )
 
   def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+    """Embeds tokens, soft ones too."""
     # A gather, not the one-hot product with which T5X shards the gradient of
     # a trained table: the table is frozen. An id beyond it becomes NaN.
     table = self.embedding.astype(self.config.dtype)
@@ -195,6 +198,7 @@ class LogitsDense(nn.Module):
 
   @nn.compact
   def __call__(self, y: Float[Array, 'B U D']) -> Float[Array, 'B U V']:
+    """Logits of y."""
     shape = (y.shape[-1], self.config.vocab_size)
     kernel = param(self, 'kernel', dense_init, shape, ('embed', 'vocab'))
     return deltas.adapt_projection(self, y, float32_product(y, kernel))
@@ -205,6 +209,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    """Normalises x."""
     ones = nn.initializers.ones
     scale = param(self, 'scale', ones, (x.shape[-1],), ('embed',))
     x32 = x.astype(jnp.float32)
@@ -226,6 +231,7 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    """Applies the block to x."""
     c = self.config
     gates = []
     for i, name in enumerate(c.mlp_activations):

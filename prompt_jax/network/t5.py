@@ -110,13 +110,14 @@ def _run_layers(layer: Any, config: T5Config, length: int, x, *shared, **kw):
     for i in range(length):
       x, _ = layer(config, **kw, name=f'layers_{i}')(x, *shared)
     return x
+  broadcast: Any = nn.broadcast  # its type says int
   scanned: Any = nn.scan(
     layer,
     variable_axes=dict.fromkeys(
       ('params', 'deltas', 'cache', 'intermediates'), 0
     ),
     split_rngs={'params': True, 'dropout': True},
-    in_axes=nn.broadcast,
+    in_axes=broadcast,
     length=length,
     unroll=config.scan_unroll or length,
     metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -137,6 +138,7 @@ class Encoder(nn.Module):
     tokens: Int[Array, 'B T'],
     segment_ids: Int[Array, 'B T'] | None = None,
   ) -> Float[Array, 'B T D']:
+    """The output of each position; zeros where there is padding."""
     c, length = self.config, tokens.shape[1]
     drop = layers.dropout(c, self.deterministic)
     mask = encoder_mask(tokens, segment_ids, segment_ids)
@@ -276,6 +278,7 @@ class T5(nn.Module):
   decode_length: int = 0
 
   def setup(self):
+    """Makes the two stacks over one embedding."""
     c = self.config
     self.token_embedder = layers.Embed(c)
     self.encoder = Encoder(c, self.token_embedder, self.deterministic)
