@@ -5,6 +5,7 @@ Not for building a run from files and flags: that is `train.py`.
 
 from collections.abc import Callable
 import dataclasses
+import math
 import pathlib
 import signal
 from typing import Any
@@ -57,7 +58,9 @@ class Best:
       return False
     value = _pick(self.metric, found)
     sign = 1 if self.mode == 'max' else -1
-    better = self.value is None or sign * value > sign * self.value
+    # NaN is never better, not even than nothing.
+    before = -math.inf if self.value is None else sign * self.value
+    better = sign * value > before
     if better:
       self.value, self.step, self.since = value, step, 0
     else:

@@ -216,6 +216,8 @@ class EncoderDecoderModel:
     target = np.pad(inputs, ((0, 0), (0, 1)))[:, 1:]
     weights = np.zeros_like(target)
     for row, start in enumerate(given):
+      if not start:  # a row of padding
+        continue
       end = min(start - 1 + len(ids), target.shape[1])
       target[row, start - 1 : end] = ids[: end - start + 1]
       weights[row, start - 1 : end] = 1

@@ -71,7 +71,7 @@ def test_batch_is_cut_over_the_data_axis():
   assert placed.sharding.spec == P('data')
   assert {s.data.shape for s in placed.addressable_shards} == {(2, 3)}
   np.testing.assert_array_equal(PARTITIONER.gather(placed), batch['x'])
-  with pytest.raises(ValueError, match='batch of 5 rows.*2 devices'):
+  with pytest.raises(ValueError, match=r'batch of 5 rows.*2 devices'):
     PARTITIONER.put_batch({'x': np.zeros((5, 3))})
 
 

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import signal
 import types
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def no_curves(monkeypatch):
 class Remembered:
   """A `TrainIterator` that builds each dataset once."""
 
-  known = {}
+  known: ClassVar = {}
 
   def __init__(self, config, converter, start):
     key = f'{config} {type(converter)} {converter.soft_ids} {converter.pack}'
@@ -160,7 +161,7 @@ def test_finished_run_stays_as_it_is(run, whole, quick, tmp_path):
 
 
 def test_run_may_be_made_longer(run, whole, quick, tmp_path):
-  runs.go(run, tmp_path, total_steps=8)
+  runs.go(run, tmp_path, total_steps=6)
   runs.go(run, tmp_path)
   assert_same_run(tmp_path, whole)
 
@@ -229,7 +230,7 @@ def test_directory_that_takes_no_files(run, tmp_path):
 
 
 def test_batch_must_divide_over_the_mesh(data, quick, tmp_path):
-  with pytest.raises(ValueError, match='batch of 6 rows.*4 devices'):
+  with pytest.raises(ValueError, match=r'batch of 6 rows.*4 devices'):
     runs.go(runs.make(data, mesh=(4, 2)), tmp_path, batch_size=6)
 
 
@@ -248,7 +249,10 @@ def assert_stopped(run, folder, step, **kwargs):
 
 def test_learning_rate_that_is_too_high(run, whole, quick, tmp_path):
   """Step 7 is read only when step 8 is due: the checkpoint must not come."""
-  rate = lambda step: jnp.where(step == 7, 1e30, 0.3)
+
+  def rate(step):
+    return jnp.where(step == 7, 1e30, 0.3)
+
   assert_stopped(run, tmp_path, 7, learning_rate_fn=rate)
   assert os.listdir(tmp_path / 'checkpoints') == ['4']
   assert list(runs.losses(tmp_path)) == [3, 6]
@@ -350,13 +354,14 @@ def test_metric_that_does_not_exist(run, quick, tmp_path, script):
 
 def test_best():
   best = loop.Best('accuracy', 'max', 2)
-  for step, (value, better, exhausted) in enumerate(
-    [(1.0, True, False), (1.0, False, False), (2.0, True, False)]
-    + [(float('nan'), False, False), (1.5, False, True)]
-  ):
-    assert best.update({'t': {'accuracy': value}}, step) == better
-    assert best.exhausted == exhausted
-  assert best.saved() == {'value': 2.0, 'step': 2, 'since': 2}
+  values = [float('nan'), 1.0, 1.0, 2.0, float('nan'), 1.5]
+  better = [
+    best.update({'t': {'accuracy': value}}, step)
+    for step, value in enumerate(values)
+  ]
+  assert better == [False, True, False, True, False, False]
+  assert best.saved() == {'value': 2.0, 'step': 3, 'since': 2}
+  assert best.exhausted
   assert not loop.Best().update({}, 0) and not loop.Best().exhausted
 
 
