@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 from typing import Any
+import zlib
 
 from absl import logging
 import jax
@@ -244,12 +245,17 @@ class Evaluation:
   def predict(
     self, batch: dict[str, Any], trainable: Any, frozen: Any
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Decoded ids [B, N, U] and scores [B, N] on the host; best last."""
-    takes_rng = 'rng' in inspect.signature(self.config.decode_fn).parameters
-    kwargs = {'rng': jax.random.key(self.config.seed)} if takes_rng else {}
+    """Generated ids [B, N, U] and scores [B, N] on the host; best last."""
+    kwargs = {}
+    if 'rng' in inspect.signature(self.config.decode_fn).parameters:
+      # Other draws for other examples, the same in every evaluation.
+      content = zlib.crc32(next(iter(batch.values())).tobytes())
+      rng = jax.random.key(self.config.seed)
+      kwargs = {'rng': jax.random.fold_in(rng, np.uint32(content))}
     found = self._predict(frozen, trainable, self._put(batch), **kwargs)
     ids, scores = jax.device_get(found)
-    return np.asarray(ids), np.asarray(scores)
+    ids = self.run.model.generated(batch, np.asarray(ids))
+    return ids, np.asarray(scores)
 
   def score(
     self, batch: dict[str, Any], trainable: Any, frozen: Any

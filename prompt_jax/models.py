@@ -229,6 +229,14 @@ class EncoderDecoderModel:
       'decoder_loss_weights': weights,
     }
 
+  def generated(self, batch: Batch, ids: np.ndarray) -> np.ndarray:
+    """Of decoded ids [B, N, U], what follows the tokens that were given."""
+    out = np.zeros_like(ids)
+    for row, given in enumerate(self._given(batch)):
+      rest = ids[row, :, max(given - 1, 0) :]
+      out[row, :, : rest.shape[1]] = rest
+    return out
+
   def _given(self, batch: Batch) -> np.ndarray:
     """How many positions the decoder reads by construction, [B]."""
     soft = np.asarray(batch['decoder_input_tokens']) >= self.config.vocab_size

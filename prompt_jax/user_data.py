@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import json
 import pathlib
+import re
 import string
 from typing import Any, cast
 
@@ -350,4 +351,5 @@ def _default_metrics(labels: Sequence[str] | None) -> list[Callable[..., Any]]:
 
 
 def _stripped(text: str, **unused: Any) -> str:
-  return text.strip()
+  """Text to compare; a template's soft tokens are not part of the answer."""
+  return re.sub(r'<soft:\d+>', '', text).strip()

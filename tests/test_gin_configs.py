@@ -138,7 +138,9 @@ def test_all_families_are_there():
     for size in sizes
   }
   expected |= PUBLISHED.keys()
-  expected |= {f'models/{n}.gin' for n in ('tiny', 'mini', 'lm_mini')}
+  expected |= {
+    f'models/{n}.gin' for n in ('tiny', 'mini', 'mini_bytes', 'lm_mini')
+  }
   assert set(MODELS) == expected
 
 
