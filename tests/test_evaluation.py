@@ -18,6 +18,9 @@ from prompt_jax import optimizers
 from prompt_jax import vocabularies
 from prompt_jax.methods.soft_prompt import SoftPrompt
 
+# Many runs and compilations: `make slow`.
+pytestmark = pytest.mark.slow
+
 LABELS = ('no', 'yes')
 CONFIG = evaluation.EvalConfig(batch_size=8)  # 21 rows: 8, 8 and 5
 FIELDS = {

@@ -28,6 +28,9 @@ from prompt_jax import train
 from prompt_jax import vocabularies
 from prompt_jax.methods.soft_prompt import SoftPrompt
 
+# Many runs and compilations: `make slow`.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
