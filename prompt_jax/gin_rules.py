@@ -174,6 +174,18 @@ def imported_selector(
   return selector
 
 
+def ending_in(name: str, selectors: Iterable[str]) -> str | None:
+  """The one selector whose last parts are `name`; None if there is none.
+
+  Raises:
+    GinError: there are several.
+  """
+  found = [s for s in sorted(selectors) if f'.{s}'.endswith(f'.{name}')]
+  if len(found) > 1:
+    raise GinError(f'{name!r} may be {" or ".join(found)}: say more of it.')
+  return found[0] if found else None
+
+
 def winner(
   all_bound: Sequence[Bound],
   included: Mapping[pathlib.Path, set[pathlib.Path]],

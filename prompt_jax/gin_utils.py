@@ -7,18 +7,14 @@ stands and what was probably meant. Not for defaults: those are in gin_configs.
 
     parse(['models/tiny.gin', 'methods/lora.gin', 'runs/train.gin'],
           ['MODEL_DIR=/tmp/run', 'TRAIN_STEPS=100'])
-    for binding in resolved():
-      print(*binding)
     run('train')
 
-Three things differ from gin's own reading, all for the same reason:
-
-*   Files given side by side may not bind one key to two values
-    (`GinConflictError`). A file does override what it itself `include`s,
-    wherever in it the `include` stands.
-*   A binding to `%gin.REQUIRED` asks for a value: any other binding of the key,
-    in whichever file, gives it.
-*   Bindings from the command line override all files; of two, the last holds.
+Three things differ from gin's own reading, all for the same reason: files side
+by side may not bind one key to two values (`GinConflictError`), though a file
+does override what it itself `include`s, wherever in it the `include` stands; a
+binding to `%gin.REQUIRED` asks for a value, which any other binding of the key,
+in whichever file, gives; and bindings from the command line override all files,
+the last of two holding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -60,11 +56,12 @@ __all__ = [
 
 @dataclasses.dataclass
 class _Config:
-  """What was read: all bindings, those that hold, and who includes whom."""
+  """What was read: bindings, those that hold, includes, imported modules."""
 
   bound: list[Bound]
   winners: list[Bound]
   included: dict[pathlib.Path, set[pathlib.Path]]  # at any depth
+  imports: dict[str, tuple[gin.ParseContext, dict[str, Any]]]
 
 
 class _Reference(NamedTuple):
@@ -85,7 +82,7 @@ class _Delegate(config_parser.ParserDelegate):
     return _Reference(macro_name, True, macro=True)
 
 
-_config = _Config([], [], {})
+_config = _Config([], [], {}, {})
 
 
 def parse(
@@ -139,7 +136,7 @@ def parse(
 def clear() -> None:
   """Forgets all that was parsed."""
   global _config
-  _config = _Config([], [], {})
+  _config = _Config([], [], {}, {})
   gin.clear_config()
 
 
@@ -228,6 +225,7 @@ def _read_file(
         if isinstance(statement, config_parser.IncludeStatement):
           _read_file(included, paths, (*includers, path))
       gin._IMPORTS.update(context.imports)
+      _config.imports |= dict.fromkeys(names, (context, names))
   for includer in includers:
     _config.included[includer] |= {path, *_config.included[path]}
 
@@ -269,16 +267,20 @@ def _import(
 
 
 def _parsed_selector(name: str) -> str:
-  """The full path of the one configurable in the files that ends in `name`."""
+  """The full path of what a flag calls `name`, the last parts of that path.
+
+  It is bound or referred to in a file, or in a module that a file imports.
+  """
+  references = [r for b in _config.bound for r in _references(b.value)]
   known = {b.gin_key.complete_selector for b in _config.bound}
-  for bound in _config.bound:
-    known |= {_configurable(r).selector for r in _references(bound.value)}
+  known |= {_configurable(reference).selector for reference in references}
   known = {selector for selector in known if not selector.startswith('gin.')}
-  found = [s for s in sorted(known) if f'.{s}'.endswith(f'.{name}')]
-  if len(found) == 1:
-    return found[0]
-  if found:
-    raise GinError(f'{name!r} may be {" or ".join(found)}: say more of it.')
+  if found := gin_rules.ending_in(name, known):
+    return found
+  context, names = _config.imports.get(name.split('.')[0], (None, {}))
+  if context is not None:
+    selector = gin_rules.imported_selector(name, names)
+    return context.get_configurable(selector).selector
   short = ['.'.join(s.split('.')[-1 - name.count('.') :]) for s in known]
   raise GinError(f'The gin files name no {name!r}.{meant(name, short)}')
 

@@ -36,7 +36,8 @@ MINI = T5Config(
 CONFIGS = {'tiny': TINY, 'mini': MINI}
 
 # For tests of behaviour, where no reference numbers are needed: the smallest
-# network with head_dim != emb_dim / num_heads and unequal stacks.
+# network with head_dim != emb_dim / num_heads and unequal stacks, its layers
+# scanned, which compiles sooner.
 SMALL = T5Config(
   vocab_size=64,
   emb_dim=16,
@@ -47,6 +48,7 @@ SMALL = T5Config(
   num_decoder_layers=2,
   relpos_num_buckets=8,
   relpos_max_distance=16,
+  scan_unroll=1,
 )
 
 

@@ -21,6 +21,9 @@ class Model:
   net: Net
   vocab: str = ''
 
+def unbound(value=4):
+  return value + 1
+
 def train(model, steps, model_dir='', lengths=None, extra=None):
   return {'model': model, 'steps': steps, 'dir': model_dir,
           'lengths': lengths, 'extra': extra}
@@ -251,6 +254,21 @@ def test_values_of_flags(write, value, expected):
   assert got == expected and type(got) is type(expected)
 
 
+def test_flags_may_name_what_the_files_only_import(write):
+  files = write(model=MODEL, run=RUN)
+  flags = ['TRAIN_STEPS=2', 'toy.train.extra=@toy.unbound()']
+  gin_utils.parse(files, flags)
+  assert gin_utils.run('train')['extra'] == 5
+  gin_utils.parse(files, [*flags, 'toy.unbound.value=6'])
+  assert gin_utils.run('train')['extra'] == 7
+  # The configuration that is written down says so, and can be read again.
+  text = gin_utils.config_str()
+  with open('again.gin', 'w') as f:
+    f.write(text)
+  gin_utils.parse(['again.gin'])
+  assert gin_utils.run('train')['extra'] == 7
+
+
 @pytest.mark.parametrize(
   ('flag', 'expected'),
   [
@@ -259,10 +277,10 @@ def test_values_of_flags(write, value, expected):
     ('TRAIN_STEPS=', 'KEY=VALUE'),
     ('toy.train.extra=[1, 2', 'cannot read'),
     ("toy.train.extra='a", 'cannot read'),
-    ('toy.train.extra=@toy.Nett()', 'Did you mean toy.Net?'),
+    ('toy.train.extra=@toy.Nett()', 'Did you mean Net?'),
     ('toy.train.extra=%TRAIN_STEP', 'Did you mean TRAIN_STEPS?'),
     ('toy.Net.widht=2', 'Did you mean width?'),
-    ('toy.Nett.width=2', 'Did you mean toy.Net?'),
+    ('toy.Nett.width=2', 'Did you mean Net?'),
     ('a b=2', 'not a key'),
   ],
 )

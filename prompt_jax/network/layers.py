@@ -55,7 +55,8 @@ class T5Config:
     scan_layers: stack the layers' parameters and trace one layer. Without it
       layers are `layers_0`, `layers_1`, ... as in T5X's minimal network.
     scan_unroll: layers in one iteration of the scan, 0 for all of them: the
-      program is then a loop's, the parameters remain stacked.
+      program is then a loop's, the parameters remain stacked. None, by what is
+      faster (`benchmarks/README.md`): all on a CPU, one elsewhere.
     remat_policy: what the backward pass recomputes: 'none' nothing, 'minimal'
       all but products of activations with weights, 'full' each whole layer.
     attention_implementation: 'xla' or 'cudnn' of
@@ -77,7 +78,7 @@ class T5Config:
   dropout_rate: float = 0.0
   dtype: str = 'float32'
   scan_layers: bool = True
-  scan_unroll: int = 1
+  scan_unroll: int | None = None
   remat_policy: str = 'none'
   attention_implementation: str = 'auto'
 
@@ -96,7 +97,10 @@ class T5Config:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       low = 0 if field.name in ('num_encoder_layers', 'scan_unroll') else 1
-      if field.type is int and not (isinstance(value, int) and value >= low):
+      optional = field.type == int | None
+      if field.type is not int and (not optional or value is None):
+        continue
+      if not (isinstance(value, int) and value >= low):
         raise ValueError(
           f'T5Config.{field.name} must be a whole number of at least {low}, '
           f'got {value!r}.'

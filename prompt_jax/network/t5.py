@@ -110,6 +110,9 @@ def _run_layers(layer: Any, config: T5Config, length: int, x, *shared, **kw):
     for i in range(length):
       x, _ = layer(config, **kw, name=f'layers_{i}')(x, *shared)
     return x
+  unroll = config.scan_unroll
+  if unroll is None:
+    unroll = 0 if jax.default_backend() == 'cpu' else 1
   broadcast: Any = nn.broadcast  # its type says int
   scanned: Any = nn.scan(
     layer,
@@ -119,7 +122,7 @@ def _run_layers(layer: Any, config: T5Config, length: int, x, *shared, **kw):
     split_rngs={'params': True, 'dropout': True},
     in_axes=broadcast,
     length=length,
-    unroll=config.scan_unroll or length,
+    unroll=unroll or length,
     metadata_params={nn.PARTITION_NAME: 'layers'},
   )
   return scanned(config, **kw, name='layers')(x, *shared)[0]
