@@ -3,7 +3,6 @@
 Not for building a run from files and flags: that is `train.py`.
 """
 
-from collections.abc import Callable
 import dataclasses
 import math
 import pathlib
@@ -15,8 +14,8 @@ import jax
 import numpy as np
 
 from prompt_jax import checkpoints
-from prompt_jax import datasets
 from prompt_jax import evaluation
+from prompt_jax import feeds
 from prompt_jax import fingerprints
 from prompt_jax import reporting
 from prompt_jax import run as run_lib
@@ -130,8 +129,7 @@ class Loop:
   Attributes:
     run: model, data, mesh, base checkpoint.
     base: on the devices.
-    step_fn: the compiled `trainer.train_step`.
-    iterator: batches, from the one that comes next.
+    feed: makes steps on the batches from the one that comes next.
     checkpointer: of the run's directory.
     reporter: of the run's directory.
     window: sums over the steps since the last line of the log.
@@ -146,8 +144,7 @@ class Loop:
 
   run: run_lib.Run
   base: run_lib.Base
-  step_fn: Callable[..., Any]
-  iterator: datasets.TrainIterator
+  feed: feeds.Streamed | feeds.Resident
   checkpointer: checkpoints.Checkpointer
   reporter: reporting.Reporter
   window: reporting.Window
@@ -162,18 +159,16 @@ class Loop:
   def go(self, state: Any) -> Any:
     """Steps until the end, an early stop, or SIGTERM (then SystemExit)."""
     step = int(state.step)
-    pending: list[tuple[int, Any, Any]] = []
+    pending: list[tuple[int, feeds.Steps]] = []
     with _Terminated() as terminated, self.reporter.progress(step):
       while step < self.total_steps and not self.best.exhausted:
-        batch = next(self.iterator)
-        state, metrics = self.step_fn(
-          state, self.base.frozen, self.run.partitioner.put_batch(batch)
-        )
-        pending.append((step, batch, metrics))
-        step += 1
+        done = self.feed(state, self.base.frozen, self._steps_until_due(step))
+        pending.append((step, done))
+        state = done.state
+        step += done.count
         leaving = terminated.now(step, self.log_period)
         due = leaving or self._due(step)
-        # Reading the last step but one keeps the devices busy meanwhile.
+        # Reading the last steps but one keeps the devices busy meanwhile.
         while len(pending) > (0 if due else 1):
           self._take(*pending.pop(0))
         last = step == self.total_steps
@@ -204,27 +199,43 @@ class Loop:
     self.reporter.close()
     logging.info('Done: %s holds the parameters of step %s.', final, step)
 
-  def _due(self, step: int) -> bool:
-    periods = (self.log_period, self.eval_period, self.checkpoint_period)
-    return step == self.total_steps or any(step % p == 0 for p in periods)
+  @property
+  def _periods(self) -> tuple[int, ...]:
+    return self.log_period, self.eval_period, self.checkpoint_period
 
-  def _take(self, step: int, batch: Any, metrics: Any) -> None:
-    """One step's metrics from the devices into the log's window."""
-    metrics = jax.device_get(metrics)
-    if not metrics.pop('finite'):
-      path = self.model_dir / f'nonfinite_batch_{step}.npz'
-      if jax.process_index() == 0:
-        np.savez(path, **batch)
-      self.checkpointer.wait()
-      raise NonFiniteLoss(
-        f'The loss, its gradient or its update is not finite at step {step} '
-        f'(loss {metrics["loss"]}, gradient norm {metrics["grad_norm"]}). The '
-        f'batch is in {path}; parameters were not changed by it, and the '
-        'last checkpoint is from before. Try a lower learning rate, float32 '
-        'or a global_norm_clip_threshold.'
-      )
-    self.window.add(metrics, rows=len(next(iter(batch.values()))))
-    self.reporter.tick(step + 1)
+  def _due(self, step: int) -> bool:
+    return step == self.total_steps or any(step % p == 0 for p in self._periods)
+
+  def _steps_until_due(self, step: int) -> int:
+    left = [self.total_steps - step, *(p - step % p for p in self._periods)]
+    return min(left)
+
+  def _take(self, step: int, done: feeds.Steps) -> None:
+    """The metrics of some steps from the devices into the log's window."""
+    found = jax.device_get(done.metrics)
+    values = {name: np.reshape(x, -1) for name, x in found.items()}
+    finite = values.pop('finite')
+    for i in range(done.count):
+      if not finite[i]:
+        self._stop(
+          step + i, done.batch(i), {k: v[i] for k, v in values.items()}
+        )
+      self.window.add({k: v[i] for k, v in values.items()}, done.rows)
+    self.reporter.tick(step + done.count)
+
+  def _stop(self, step: int, batch: Any, metrics: Any) -> None:
+    """Saves the batch of a step that was not finite."""
+    path = self.model_dir / f'nonfinite_batch_{step}.npz'
+    if jax.process_index() == 0:
+      np.savez(path, **batch)
+    self.checkpointer.wait()
+    raise NonFiniteLoss(
+      f'The loss, its gradient or its update is not finite at step {step} '
+      f'(loss {metrics["loss"]}, gradient norm {metrics["grad_norm"]}). The '
+      f'batch is in {path}; parameters were not changed by it, and the '
+      'last checkpoint is from before. Try a lower learning rate, float32 '
+      'or a global_norm_clip_threshold.'
+    )
 
   def _evaluate(self, step: int, state: Any) -> None:
     if self.evaluate is None:
@@ -236,7 +247,7 @@ class Loop:
 
   def _save(self, state: Any) -> None:
     host = {
-      'data_position': self.iterator.position,
+      'data_position': self.feed.position,
       'window': self.window.saved(),
       'best': self.best.saved(),
     }

@@ -240,17 +240,24 @@ class Partitioner:
     Raises:
       ValueError: the rows do not divide over the data axis.
     """
+    self.check_rows(len(next(iter(batch.values()))))
+    return {
+      name: self.put(x.shape, self.batch_sharding, lambda i, x=x: x[i])
+      for name, x in batch.items()
+    }
+
+  def check_rows(self, rows: int) -> None:
+    """Checks that so many rows divide over the data axis.
+
+    Raises:
+      ValueError: they do not.
+    """
     size = self.mesh.shape['data']
-    rows = len(next(iter(batch.values())))
     if rows % size:
       raise ValueError(
         f'A batch of {rows} rows does not divide over the {size} devices of '
         'the data axis; choose a BATCH_SIZE that is a multiple of it.'
       )
-    return {
-      name: self.put(x.shape, self.batch_sharding, lambda i, x=x: x[i])
-      for name, x in batch.items()
-    }
 
 
 def _names(path: Any) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ import optax
 from prompt_jax import checkpoints
 from prompt_jax import datasets
 from prompt_jax import evaluation
+from prompt_jax import feeds
 from prompt_jax import gin_utils
 from prompt_jax import loop as loop_lib
 from prompt_jax import optimizers
@@ -37,6 +38,7 @@ def train(
   optimizer: optax.GradientTransformationExtraArgs,
   learning_rate_fn: Callable[[Any], Any],
   pack: bool = False,
+  resident_rows: int = 16384,
   train_split: str = 'train',
   eval_config: evaluation.EvalConfig | None = None,
   num_microbatches: int = 1,
@@ -59,6 +61,9 @@ def train(
     optimizer: from `optimizers`.
     learning_rate_fn: from `schedules`.
     pack: several examples in a row.
+    resident_rows: a training split of at most that many rows is read once and
+      kept on the devices, if it is a task's and nothing random is done to it;
+      its rows are drawn without replacement, epoch by epoch.
     train_split: of the task.
     eval_config: how to evaluate; None for no evaluation.
     num_microbatches: parts of a batch whose gradients are added up.
@@ -110,14 +115,18 @@ def train(
         split=train_split, batch_size=batch_size, shuffle=True, pack=pack
       )
       logging.info('%s', _lengths(run, train_split))
+      step_fn = functools.partial(
+        trainer.train_step,
+        model=run.model,
+        optimizer=optimizer,
+        learning_rate_fn=learning_rate_fn,
+        num_microbatches=num_microbatches,
+      )
       start = host.get('data_position', 0)
       loop = loop_lib.Loop(
         run=run,
         base=base,
-        step_fn=_compile(
-          run, abstract, optimizer, learning_rate_fn, num_microbatches
-        ),
-        iterator=datasets.TrainIterator(data, run.converter(pack), start),
+        feed=_feed(run, abstract, step_fn, data, resident_rows, start),
         checkpointer=checkpointer,
         reporter=reporting.Reporter(
           directory, int(state.step), total_steps, run.mixture_or_task_name
@@ -170,23 +179,41 @@ def _start(
   return state, {}
 
 
-def _compile(
+def _feed(
   run: run_lib.Run,
   abstract: Any,
-  optimizer: Any,
-  learning_rate_fn: Any,
-  num_microbatches: int,
-) -> Any:
-  step = functools.partial(
-    trainer.train_step,
-    model=run.model,
-    optimizer=optimizer,
-    learning_rate_fn=learning_rate_fn,
-    num_microbatches=num_microbatches,
+  step_fn: Any,
+  config: datasets.DatasetConfig,
+  resident_rows: int,
+  start: int,
+) -> feeds.Streamed | feeds.Resident:
+  """The batches from `start` on, with the compiled steps on them."""
+  converter, partitioner = run.converter(config.pack), run.partitioner
+  rows = None
+  # Processes would each choose their own number of steps.
+  if jax.process_count() == 1:
+    rows = feeds.read_rows(config, converter, resident_rows)
+  if rows is None:
+    iterator = datasets.TrainIterator(config, converter, start)
+    compiled = _compile(run, abstract, step_fn)
+    return feeds.Streamed(iterator, compiled, partitioner.put_batch)
+  partitioner.check_rows(config.batch_size)
+  many = functools.partial(trainer.train_steps, step_fn=step_fn)
+  return feeds.Resident(
+    rows=rows,
+    data=jax.device_put(rows, partitioner.replicated),
+    step_fn=_compile(run, abstract, many),
+    batch_size=config.batch_size,
+    seed=config.seed,
+    position=start,
   )
+
+
+def _compile(run: run_lib.Run, abstract: Any, step_fn: Any) -> Any:
+  """Jits a step, or many; the state is donated."""
   shardings = jax.tree.map(lambda s: s.sharding, abstract)
   return jax.jit(
-    step,
+    step_fn,
     donate_argnums=0,
     out_shardings=(shardings, run.partitioner.replicated),
   )

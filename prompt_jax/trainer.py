@@ -2,12 +2,14 @@
 
 `train_step` is a pure function of (state, frozen, batch): jit it with the state
 donated, or `jax.vmap` it over states, batches and hyperparameters (axis `run`)
-to train many prompts on one set of frozen weights.  The loop is in `train.py`.
+to train many prompts on one set of frozen weights.  `train_steps` makes many
+steps in one program.  The loop is in `loop.py`.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -82,6 +84,62 @@ def train_step(
     'finite': finite,
   }
   return new, sums | extra
+
+
+def train_steps(
+  state: Any,
+  frozen: Any,
+  data: Batch,
+  rows: Any,
+  count: Any,
+  *,
+  step_fn: Callable[..., tuple[Any, dict[str, Any]]],
+) -> tuple[Any, dict[str, Any]]:
+  """`count` steps in one program, on a data set that lies on the devices.
+
+  Stops after a step of which no run is finite.
+
+  Args:
+    state: donated.
+    frozen: as of `train_step`.
+    data: all examples, [n, ...] each.
+    rows: the examples of each step's batch, int32 [N, B], or [N, K, B] where
+      `step_fn` trains K runs.
+    count: steps to make, at most N; an array, so that the program is the same
+      for all.
+    step_fn: `train_step` with its model and optimizer, or a `jax.vmap` of it.
+
+  Returns:
+    The last state, and the metrics of each step in the first `count` of N.
+  """
+
+  def one(i: Any, state: Any) -> tuple[Any, dict[str, Any]]:
+    index = rows[i]
+    names = (*(None,) * (index.ndim - 1), 'batch')
+    batch = {
+      name: nn.with_logical_constraint(
+        x[index], (*names, *(None,) * (x.ndim - 1))
+      )
+      for name, x in data.items()
+    }
+    return step_fn(state, frozen, batch)
+
+  def body(carry: Any) -> Any:
+    i, state, metrics, _ = carry
+    state, found = one(i, state)
+    metrics = jax.tree.map(lambda xs, x: xs.at[i].set(x), metrics, found)
+    return i + 1, state, metrics, jnp.any(found['finite'])
+
+  _, shapes = jax.eval_shape(one, 0, state)
+  metrics = jax.tree.map(
+    lambda s: jnp.zeros((len(rows), *s.shape), s.dtype), shapes
+  )
+  _, state, metrics, _ = jax.lax.while_loop(
+    lambda carry: (carry[0] < count) & carry[3],
+    body,
+    (jnp.zeros((), jnp.int32), state, metrics, jnp.array(True)),
+  )
+  return state, metrics
 
 
 def _accumulate(

@@ -135,12 +135,19 @@ def make(
 _compiled: dict[Any, Any] = {}
 
 
-def _compile_once(run: run_lib.Run, abstract: Any, *args: Any) -> Any:
+def _compile_once(run: run_lib.Run, abstract: Any, step_fn: Any) -> Any:
   """`train._compile` that gives equal runs of this process one program."""
-  key = (run.model, run.partitioner.mesh, *args)
+  key = (run.partitioner.mesh, _parts(step_fn))
   if key not in _compiled:
-    _compiled[key] = _compile(run, abstract, *args)
+    _compiled[key] = _compile(run, abstract, step_fn)
   return _compiled[key]
+
+
+def _parts(x: Any) -> Any:
+  """What a partial function is made of, which its equality does not tell."""
+  if not isinstance(x, functools.partial):
+    return x
+  return (x.func, *((k, _parts(v)) for k, v in sorted(x.keywords.items())))
 
 
 _compile, train._compile = train._compile, _compile_once
@@ -159,6 +166,7 @@ def go(run: run_lib.Run, model_dir: pathlib.Path, **kwargs: Any) -> Any:
       'model_dir': str(model_dir),
       'total_steps': 12,
       'batch_size': 8,
+      'resident_rows': 0,
       'optimizer': _OPTIMIZER,
       'learning_rate_fn': _constant(rate),
       'log_period': 3,
