@@ -175,7 +175,7 @@ class Evaluation:
       'loss_per_token': (totals['loss'] - totals['z_loss']) / tokens,
       'token_accuracy': 100 * totals['correct_tokens'] / tokens,
     }
-    return out | _rank_metrics(ranked, len(labels))
+    return out | rank_metrics(ranked, len(labels))
 
   def labels(self, task: str) -> list[str]:
     """The strings that a task's answers are chosen from; [] if it is free."""
@@ -220,17 +220,9 @@ class Evaluation:
     """(scores [N, C], gold index [N] or -1, tokens of each label [C])."""
     tokens = self.label_tokens(labels)
     model = self.run.model
-    scores = []
-    gold = np.full(rows, -1)
-    for c, ids in enumerate(tokens):
-      other = model.with_targets(batch, ids)
-      same = np.all(
-        other['decoder_target_tokens'] == batch['decoder_target_tokens'],
-        axis=1,
-      )
-      gold[same[:rows]] = c
-      found = self._score(frozen, trainable, self._put(other))
-      scores.append(np.asarray(jax.device_get(found))[:rows])
+    choices = [model.with_targets(batch, ids) for ids in tokens]
+    scores = [self.score(c, trainable, frozen)[:rows] for c in choices]
+    gold = gold_labels(batch, choices)[:rows]
     return np.stack(scores, 1), gold, np.sum(tokens > 0, axis=1)
 
   def _predictions(
@@ -274,6 +266,17 @@ class Evaluation:
     return out
 
 
+def gold_labels(
+  batch: dict[str, Any], choices: Sequence[dict[str, Any]]
+) -> np.ndarray:
+  """Which of the choices has each row's own targets, [B]; -1 for none."""
+  key = 'decoder_target_tokens'
+  gold = np.full(len(batch[key]), -1)
+  for c, choice in enumerate(choices):
+    gold[np.all(choice[key] == batch[key], axis=1)] = c
+  return gold
+
+
 def _number(value: Any) -> Any:
   return getattr(value, 'value', value)  # clu's scalars
 
@@ -290,7 +293,8 @@ def _pad(batch: dict[str, Any], config: Any) -> dict[str, Any]:
   return {name: pad(x) for name, x in batch.items()}
 
 
-def _rank_metrics(ranked: list[Any], num_labels: int) -> dict[str, float]:
+def rank_metrics(ranked: list[Any], num_labels: int) -> dict[str, float]:
+  """Accuracy of what `Evaluation.rank` gave for each batch, in per cent."""
   if not ranked:
     return {}
   scores = np.concatenate([r[0] for r in ranked])

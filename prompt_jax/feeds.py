@@ -85,8 +85,9 @@ class Resident:
     rows: all examples on the host, [n, ...] each.
     data: the same on the devices.
     step_fn: the compiled `trainer.train_steps`.
-    batch_size: B.
-    seed: of the order.
+    order: from a position and a number of batches to their rows, int32
+      [count, B], or [count, K, B] for K runs at once; `functools.partial` of
+      the function below, or several of them.
     position: batches taken so far.
     pace: steps of the next call, if they are wanted; it follows the clock,
       which changes no number.
@@ -95,8 +96,7 @@ class Resident:
   rows: Batch
   data: Any
   step_fn: Callable[..., Any]
-  batch_size: int
-  seed: int
+  order: Callable[[int, int], np.ndarray]
   position: int = 0
   pace: int = 1
   _before: float = 0.0
@@ -105,9 +105,8 @@ class Resident:
     """At most `most` steps."""
     self._adapt()
     count = min(most, self.pace)
-    n = len(next(iter(self.rows.values())))
-    taken = order(n, self.batch_size, self.seed, self.position, count)
-    padding = ((0, MOST_STEPS - count), (0, 0))
+    taken = self.order(self.position, count)
+    padding = ((0, MOST_STEPS - count), *((0, 0),) * (taken.ndim - 1))
     state, metrics = self.step_fn(
       state, frozen, self.data, np.pad(taken, padding), np.int32(count)
     )
@@ -116,7 +115,7 @@ class Resident:
       state,
       metrics,
       count,
-      self.batch_size,
+      taken[0].size,
       lambda i: {name: x[taken[i]] for name, x in self.rows.items()},
     )
 

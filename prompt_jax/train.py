@@ -203,8 +203,12 @@ def _feed(
     rows=rows,
     data=jax.device_put(rows, partitioner.replicated),
     step_fn=_compile(run, abstract, many),
-    batch_size=config.batch_size,
-    seed=config.seed,
+    order=functools.partial(
+      feeds.order,
+      len(next(iter(rows.values()))),
+      config.batch_size,
+      config.seed,
+    ),
     position=start,
   )
 

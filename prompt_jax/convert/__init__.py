@@ -1,4 +1,4 @@
-"""Base checkpoints in: T5X's and Hugging Face's, read leaf by leaf."""
+"""Base checkpoints in: T5X's, Hugging Face's and our own, leaf by leaf."""
 
 from prompt_jax.convert.base import BaseCheckpoint
 from prompt_jax.convert.base import CheckpointError

@@ -6,8 +6,7 @@ shape is known and whose numbers are not read yet, under T5X's minimal names
 and shapes that a model expects. Reading slices is left to the leaves, so that a
 device reads no more than its shard.
 
-Not for checkpoints that this package writes (`prompt_jax.checkpoints`), and not
-for writing.
+Not for going on with a run (`prompt_jax.checkpoints`), and not for writing.
 """
 
 import collections
@@ -62,7 +61,7 @@ class BaseCheckpoint:
 
   Attributes:
     path: the directory that was opened.
-    kind: 't5x', 't5x-orbax' or 'huggingface'.
+    kind: 't5x', 't5x-orbax', 'huggingface' or 'prompt_jax'.
     step: training step, None where the format has none.
     leaves: parameters by their minimal T5X name. Scanned checkpoints are cut
       into layers.
