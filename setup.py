@@ -71,12 +71,16 @@ setuptools.setup(
     'tqdm>=4.67,<5',
   ],
   extras_require={
+    'report': ['plotly>=6,<7'],  # a study's report.html
+    'slurm': ['submitit>=1.5,<2'],
     # Pinned: a new version of a tool is a change of its own.
     'test': [
       'pytest==9.2.0',
       'pytest-xdist==3.8.0',
       'ruff==0.17.5',
       'pyright[nodejs]==1.1.414',  # node from the package index
+      'plotly==6.9.0',
+      'submitit==1.5.4',
       'beartype==0.23.1',  # jaxtyping's run-time check; not typeguard 4
       'transformers==5.23.0',  # parity tests against another T5
       'torch==2.13.0',

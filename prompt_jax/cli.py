@@ -1,4 +1,4 @@
-"""The command line: `prompt-jax train | eval | infer | score`.
+"""The command line: `prompt-jax train | eval | infer | score | study | ...`.
 
 Nothing heavy is imported before the arguments have been read, so that `--help`
 answers at once.
@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import traceback
+from typing import Any
 
 _COMMANDS = {
   'train': ('train.train', 'train, or go on where a run stopped'),
@@ -57,7 +58,31 @@ def _parser() -> argparse.ArgumentParser:
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_arguments(sub)
+  _add_study(commands)
   return parser
+
+
+def _add_study(commands: Any) -> None:
+  """`study`, `report` and `compare`."""
+  sub = commands.add_parser('study', help='run a study of many runs, or go on')
+  add = sub.add_argument
+  add('gin_file', nargs='*', metavar='FILE', help='e.g. studies/pocket.gin')
+  add('--model_dir', required=True, help='directory of the study')
+  add('--workers', type=int, help='processes; one a core by default, 0: this')
+  add('--shard', metavar='I/N', help='run a part: I from 0 to N - 1')
+  add('--runner', choices=['local', 'slurm'], default='local')
+  add('--dry_run', action='store_true', help='list the cells and stop')
+  add('--debug', action='store_true', help='show tracebacks and all logs')
+  add('--session', help=argparse.SUPPRESS)
+  sub = commands.add_parser('report', help='draw what is done of a study')
+  sub.add_argument('directory', metavar='DIR')
+  sub.add_argument('--debug', action='store_true', help='show tracebacks')
+  sub = commands.add_parser(
+    'compare', help='what differs between two cells or two studies'
+  )
+  sub.add_argument('a', metavar='DIR[:KEY]')
+  sub.add_argument('b', metavar='DIR[:KEY] or KEY')
+  sub.add_argument('--debug', action='store_true', help='show tracebacks')
 
 
 def _add_arguments(sub: argparse.ArgumentParser) -> None:
@@ -208,10 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   unknown = [flag for flag in rest if flag not in gin_flags]
   if unknown:
     parser.error(f'unknown arguments: {" ".join(unknown)}')
-  files = _gin_files(args)
+  files = _gin_files(args) if args.command in _COMMANDS else []
   _set_up(args.debug)
   try:
-    _run(args, files, _bindings(args, gin_flags))
+    if args.command in _COMMANDS:
+      _run(args, files, _bindings(args, gin_flags))
+    else:
+      _run_study(args, gin_flags)
   except Exception as error:
     if args.debug or not _expected(error):
       raise
@@ -246,6 +274,31 @@ def _run(
     dry_run.show()
     return
   gin_utils.run(_COMMANDS[args.command][0])
+
+
+def _run_study(args: argparse.Namespace, gin_flags: Sequence[str]) -> None:
+  """`study`, `report` or `compare`."""
+  if args.command == 'report':
+    from prompt_jax.study import report
+
+    report.report(args.directory)
+  elif args.command == 'compare':
+    from prompt_jax.study import compare
+
+    compare.compare(args.a, args.b)
+  else:
+    from prompt_jax.study import command
+
+    command.study(
+      args.gin_file,
+      [_absolute(flag.removeprefix('--gin.')) for flag in gin_flags],
+      pathlib.Path(args.model_dir).absolute(),
+      num_workers=args.workers,
+      shard=args.shard,
+      runner=args.runner,
+      dry_run=args.dry_run,
+      session=args.session,
+    )
 
 
 if __name__ == '__main__':

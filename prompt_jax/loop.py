@@ -16,7 +16,6 @@ import numpy as np
 from prompt_jax import checkpoints
 from prompt_jax import evaluation
 from prompt_jax import feeds
-from prompt_jax import fingerprints
 from prompt_jax import reporting
 from prompt_jax import run as run_lib
 
@@ -264,20 +263,6 @@ class Loop:
     self, state: Any, path: pathlib.Path, found: evaluation.TaskMetrics
   ) -> None:
     """The trained part with its header, small enough to send by mail."""
-    model = self.run.model
     trainable = self.run.partitioner.gather(state.trainable)
-    if jax.process_index() != 0:
-      return
-    header = {
-      'format': 'prompt_jax',
-      'method': repr(model.method),
-      'trainable_patterns': list(model.trainable_patterns),
-      'config': dataclasses.asdict(model.config),
-      'base': self.base.fingerprint,
-      'base_digest': fingerprints.digest(self.base.fingerprint),
-      'vocabulary': self.run.vocabulary_fingerprint,
-      'step': int(state.step),
-      'metrics': found,
-      'shapes': jax.tree.map(lambda x: list(x.shape), trainable),
-    }
-    checkpoints.save_trainable(path, trainable, header)
+    if jax.process_index() == 0:
+      self.run.export(path, trainable, self.base, int(state.step), found)

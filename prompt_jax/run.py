@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import json
+import pathlib
 from typing import Any
 
 from absl import logging
@@ -259,6 +260,29 @@ class Run:
     """Shapes and shardings of the trainable parameters."""
     # Those of any optimizer's state; this one has nothing beside them.
     return self.abstract_state(optimizers.sgd(), base).trainable
+
+  def export(
+    self,
+    path: pathlib.Path,
+    trainable: Any,
+    base: Base,
+    step: int,
+    metrics: Mapping[str, Any],
+  ) -> None:
+    """Writes the trained part, on the host, with its origin as a header."""
+    header = {
+      'format': 'prompt_jax',
+      'method': repr(self.model.method),
+      'trainable_patterns': list(self.model.trainable_patterns),
+      'config': dataclasses.asdict(self.model.config),
+      'base': base.fingerprint,
+      'base_digest': fingerprints.digest(base.fingerprint),
+      'vocabulary': self.vocabulary_fingerprint,
+      'step': step,
+      'metrics': metrics,
+      'shapes': jax.tree.map(lambda x: list(x.shape), trainable),
+    }
+    checkpoints.save_trainable(path, trainable, header)
 
   def load_trainable(self, path: str, base: Base) -> Any:
     """The trained part from a `trainable.safetensors`, on the devices.

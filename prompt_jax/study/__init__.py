@@ -1,0 +1,1 @@
+"""The scale study: many small runs, one ledger, one picture."""
