@@ -10,7 +10,10 @@ SOURCES := $(wildcard setup.py prompt_jax tasks gin_configs scripts tests benchm
 # Quiet TensorFlow, which seqio imports.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install test slow lint format bench clean
+# Where the study goes; it goes on there, too.
+STUDY_DIR ?= out/pocket
+
+.PHONY: help install test slow lint format study bench clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -37,6 +40,15 @@ lint: $(STAMP)  ## ruff and pyright.
 format: $(STAMP)  ## Formats, and mends what ruff can mend.
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+$(VENV)/.study: setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[report]'
+	touch $@
+
+study: $(VENV)/.study  ## The pocket study: accuracy against model size.
+	$(BIN)/prompt-jax study studies/pocket.gin --model_dir=$(STUDY_DIR)
 
 bench: $(STAMP)  ## The benchmarks, one after the other.
 	set -e; for file in benchmarks/*.py; do $(BIN)/python $$file; done

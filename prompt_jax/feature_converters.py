@@ -12,6 +12,10 @@ inputs. Lengths are fixed: the encoder has `inputs` + P positions, the decoder
 Soft tokens that a template placed count as text, and fit: `trim_and_append_eos`
 trims the text around them.
 
+A task may give rows of one fixed length with padding (id 0) at their end, which
+is not text. Encoder-decoder examples that are not packed are converted many at
+a time: one by one, each operation of TensorFlow's costs more than its work.
+
 Not for tokenizing (the tasks do) nor batching (`datasets.py`).
 """
 
@@ -31,6 +35,7 @@ TASK_IDS = 'task_ids'
 _TASK_IDS_SPEC = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=0)
 
 Example = dict[str, tf.Tensor]
+_BLOCK = 64  # examples that are converted together
 
 
 class _SoftTokens(seqio.FeatureConverter):
@@ -105,7 +110,10 @@ class _SoftTokens(seqio.FeatureConverter):
   def _convert_features(
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
-    ds = ds.map(self._place, num_parallel_calls=tf.data.AUTOTUNE)
+    spec: Any = ds.element_spec
+    if spec['inputs'].shape[0] is not None:
+      ds = ds.map(_without_padding, num_parallel_calls=tf.data.AUTOTUNE)
+    ds = ds.map(self._place_one, num_parallel_calls=tf.data.AUTOTUNE)
     base: Any = super()  # one of seqio's converters
     return base._convert_features(ds, self._with_prompt(task_feature_lengths))
 
@@ -138,28 +146,50 @@ class _SoftTokens(seqio.FeatureConverter):
   def _with_prompt(self, lengths: Mapping[str, int]) -> dict[str, int]:
     return {**lengths, 'inputs': lengths['inputs'] + self.num_soft_tokens}
 
-  def _place(self, example: Example) -> Example:
-    """Puts the soft tokens of the example's task where they belong."""
-    tasks, length = self.soft_ids.shape
-    row = tf.constant(self.soft_ids[0])
-    if tasks > 1:
-      task = example.get(TASK_IDS, tf.constant(0))
-      _check(
-        (task >= 0) & (task < tasks),
-        f'there are {tasks} tasks (soft_ids has {tasks} rows), but an '
-        'example has task_ids ', task,
-      )  # fmt: skip
-      row = tf.constant(self.soft_ids)[tf.clip_by_value(task, 0, tasks - 1)]
-    inputs, targets = example['inputs'], example['targets']
-    placed = tf.reduce_any(inputs >= SOFT_BASE) | tf.reduce_any(
-      targets >= SOFT_BASE
-    )
-    prompt = row[: tf.where(placed, 0, length)]
-    inputs = tf.concat([prompt, self._resolve(inputs, row)], axis=0)
-    return {**example, 'inputs': inputs, 'targets': self._resolve(targets, row)}
+  def _place_one(self, example: Example) -> Example:
+    """One example with its soft tokens where they belong."""
+    names = [key for key in ('inputs', 'targets', TASK_IDS) if key in example]
+    rows = {name: example[name][None] for name in names}
+    inputs, targets, placed = self._place(rows)
+    length = tf.size(example['inputs'])
+    length += tf.where(placed[0], 0, self.num_soft_tokens)
+    return {**example, 'inputs': inputs[0, :length], 'targets': targets[0]}
 
-  def _resolve(self, tokens: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
-    """SOFT_BASE + k to `row[k]`; text ids as they are."""
+  def _place(self, rows: Example) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Puts the soft tokens of each example's task where they belong.
+
+    Args:
+      rows: of N examples, `inputs` [N, T], `targets` [N, U] and perhaps
+        `task_ids` [N].
+
+    Returns:
+      Inputs [N, T + P], targets [N, U], and whether the text held soft tokens,
+      [N]; where it did, the inputs have P more padding at their end.
+    """
+    inputs, targets = rows['inputs'], rows['targets']
+    tasks, length = self.soft_ids.shape
+    task = rows.get(TASK_IDS, tf.zeros_like(inputs[:, 0]))
+    if tasks == 1:
+      task = tf.zeros_like(task)
+    wrong = tf.boolean_mask(task, (task < 0) | (task >= tasks))
+    _check(
+      tf.size(wrong) == 0,
+      f'there are {tasks} tasks (soft_ids has {tasks} rows), but an '
+      'example has task_ids ', tf.reduce_max(wrong),
+    )  # fmt: skip
+    prompts = tf.gather(self.soft_ids, tf.clip_by_value(task, 0, tasks - 1))
+    soft = tf.concat([inputs, targets], axis=1) >= SOFT_BASE
+    placed = tf.reduce_any(soft, axis=1)
+    inputs = self._resolve(inputs, prompts)
+    inputs = tf.where(
+      placed[:, None],
+      tf.pad(inputs, [[0, 0], [0, length]]),
+      tf.concat([prompts, inputs], axis=1),
+    )
+    return inputs, self._resolve(targets, prompts), placed
+
+  def _resolve(self, tokens: tf.Tensor, prompts: tf.Tensor) -> tf.Tensor:
+    """SOFT_BASE + k to its row's `prompts[k]`; text ids as they are."""
     length = self.num_soft_tokens
     soft = tokens >= SOFT_BASE
     # Empty tokens have a maximum too, the smallest int32.
@@ -182,7 +212,8 @@ class _SoftTokens(seqio.FeatureConverter):
     )
     # One more id, so that text has something to look up.
     index = tf.where(soft, tf.minimum(tokens - SOFT_BASE, length), length)
-    return tf.where(soft, tf.gather(tf.pad(row, [[0, 1]]), index), tokens)
+    rows = tf.pad(prompts, [[0, 0], [0, 1]])
+    return tf.where(soft, tf.gather(rows, index, batch_dims=1), tokens)
 
 
 class EncDecFeatureConverter(_SoftTokens, seqio.EncDecFeatureConverter):
@@ -191,7 +222,50 @@ class EncDecFeatureConverter(_SoftTokens, seqio.EncDecFeatureConverter):
   Gives encoder_input_tokens [T + P], decoder_input_tokens,
   decoder_target_tokens and decoder_loss_weights [U], task_ids [] where the task
   has them; packed, segment ids and positions instead of task_ids.
+
+  Raises:
+    tf.errors.InvalidArgumentError: while iterating, for an example that is
+      longer than `task_feature_lengths`.
   """
+
+  def __init__(self, *args: Any, **kwargs: Any):
+    super().__init__(*args, **kwargs)
+    if not self.pack:
+      self._apply_length_check = False  # the padding of a block is one
+
+  def _convert_features(
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    if self.pack:
+      return super()._convert_features(ds, task_feature_lengths)
+    spec: Any = ds.element_spec
+    if spec.keys() != task_feature_lengths.keys():
+      ds = ds.map(lambda x: {key: x[key] for key in task_feature_lengths})
+    shapes = {
+      key: [] if key == TASK_IDS else [length]
+      for key, length in task_feature_lengths.items()
+    }
+    blocks = ds.padded_batch(_BLOCK, shapes)
+    return blocks.map(
+      self._convert_block, num_parallel_calls=tf.data.AUTOTUNE
+    ).unbatch()
+
+  def _convert_block(self, rows: Example) -> Example:
+    """Model features of N padded examples, as seqio's of each of them."""
+    inputs, targets, _ = self._place(rows)
+    before = tf.pad(
+      targets[:, :-1], [[0, 0], [1, 0]], constant_values=self.bos_id
+    )
+    text = tf.where(targets >= self.vocab_size, 0, targets)
+    features = {
+      'encoder_input_tokens': inputs,
+      'decoder_target_tokens': text,
+      'decoder_input_tokens': before,
+      'decoder_loss_weights': tf.cast(text != 0, tf.int32),
+    }
+    return features | {
+      key: rows[key] for key in self._passthrough_features if key in rows
+    }
 
 
 class DecoderOnlyFeatureConverter(_SoftTokens, seqio.PrefixLMFeatureConverter):
@@ -266,6 +340,11 @@ def trim_and_append_eos(
     return example
 
   return dataset.map(per_example, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _without_padding(example: Example) -> Example:
+  text = {key: example[key] for key in ('inputs', 'targets')}
+  return {**example, **{k: tf.boolean_mask(x, x != 0) for k, x in text.items()}}
 
 
 def _scalar_task_ids(example: Example) -> Example:

@@ -187,6 +187,92 @@ class SoftTokenVocabulary(seqio.Vocabulary):
     return self._decode_tf(tf.convert_to_tensor(ids))
 
 
+class WordVocabulary(seqio.Vocabulary):
+  """A word is an id: padding 0, EOS 1, unknown words 2, then the words.
+
+  Text is split at ASCII white space. The sentinel `<extra_id_i>` is id
+  `vocab_size - 1 - i`, as in T5. Made of a list, so it needs no file.
+
+  Attributes:
+    words: the words, from id 3 on.
+
+  Raises:
+    ValueError: a word comes twice, or is no word.
+  """
+
+  def __init__(self, words: Sequence[str], extra_ids: int = 0):
+    super().__init__(extra_ids=extra_ids)
+    self.words = tuple(words)
+    sentinels = [f'<extra_id_{i}>' for i in reversed(range(extra_ids))]
+    self._pieces = ['<pad>', '</s>', '<unk>', *words, *sentinels]
+    self._ids = {piece: i for i, piece in enumerate(self._pieces)}
+    self._table: Any = None
+    wrong = [w for i, w in enumerate(self._pieces) if self._ids[w] != i]
+    wrong += [word for word in words if len(word.encode().split()) != 1]
+    if wrong:
+      raise ValueError(
+        f'The words must be different and without spaces; got {wrong[0]!r}'
+        f'{" twice" if wrong[0] in self._pieces[: self._ids[wrong[0]]] else ""}'
+        '.'
+      )
+
+  @property
+  def eos_id(self) -> int:
+    """1."""
+    return 1
+
+  @property
+  def unk_id(self) -> int:
+    """2, for words that are not listed."""
+    return 2
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of ids, sentinels included."""
+    return self._base_vocab_size
+
+  @property
+  def _base_vocab_size(self) -> int:
+    # With the sentinels, which seqio would else decode as unknown.
+    return len(self._pieces)
+
+  def __eq__(self, other: Any) -> bool:
+    return isinstance(other, WordVocabulary) and self._pieces == other._pieces
+
+  def __hash__(self) -> int:
+    return hash(self.words)
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {**self.__dict__, '_table': None}
+
+  def _encode(self, s: Any) -> Sequence[int]:
+    words = (s if isinstance(s, bytes) else s.encode()).split()
+    return [self._ids.get(word.decode(), self.unk_id) for word in words]
+
+  def _encode_tf(self, s: tf.Tensor) -> Any:
+    if self._table is None:
+      with tf.init_scope():  # once, outside of the program that asks first
+        self._table = tf.lookup.StaticHashTable(
+          tf.lookup.KeyValueTensorInitializer(
+            self._pieces, range(self.vocab_size), tf.string, tf.int32
+          ),
+          self.unk_id,
+        )
+    words = tf.strings.split(s)
+    if isinstance(words, tf.RaggedTensor):
+      return words.with_flat_values(self._table.lookup(words.flat_values))
+    return self._table.lookup(words)
+
+  def _decode(self, ids: Iterable[int]) -> str:
+    special = (self.pad_id, self.eos_id)
+    return ' '.join(self._pieces[i] for i in ids if i not in special)
+
+  def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+    text = tf.gather(['', '', *self._pieces[2:]], ids)
+    text = tf.strings.reduce_join(text, axis=-1, separator=' ')
+    return tf.strings.strip(tf.strings.regex_replace(text, ' +', ' '))
+
+
 def sentencepiece(path: str, extra_ids: int = 100) -> SoftTokenVocabulary:
   """The vocabulary in a SentencePiece model file, T5's `spiece.model`.
 
@@ -262,13 +348,15 @@ def check_fits(vocabulary: seqio.Vocabulary, embedding_rows: int) -> None:
 def fingerprint(vocabulary: seqio.Vocabulary) -> str:
   """16 hex digits that differ where two vocabularies encode differently.
 
-  Hashes the model file's bytes and the number of extra ids, so the place of
-  the file does not matter.
+  Hashes the model file's bytes, or the words, and the number of extra ids, so
+  the place of the file does not matter.
   """
   if isinstance(vocabulary, SoftTokenVocabulary):
     vocabulary = vocabulary.inner
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
     content = _read(vocabulary.sentencepiece_model_file)
+  elif isinstance(vocabulary, WordVocabulary):
+    content = ' '.join(vocabulary.words).encode()
   else:
     content = str(vocabulary.vocab_size).encode()
   digest = hashlib.sha256(type(vocabulary).__name__.encode())

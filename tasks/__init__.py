@@ -1,8 +1,9 @@
 """Tasks and mixtures: `prompt_jax.tasks`.
 
-`register(vocabulary)` puts GLUE and SuperGLUE into seqio's registries; nothing
-is registered by importing, since a task has a vocabulary and only a model's
-file says which. `with_local_source` gives such a task rows from files.
+`register(vocabulary)` puts GLUE and SuperGLUE into seqio's registries, and the
+tasks of the pocket language if the vocabulary is its own; nothing is
+registered by importing, since a task has a vocabulary and only a model's file
+says which. `with_local_source` gives such a task rows from files.
 
 Not for your own data: `prompt_jax.user_data`.
 """
@@ -17,10 +18,11 @@ from prompt_jax import row_files
 from prompt_jax import user_data
 
 from . import glue
+from . import pocket
 from . import super_glue
 
 # Name of a classification task -> texts of its labels, in their order.
-LABELS = {**glue.LABELS, **super_glue.LABELS}
+LABELS = {**glue.LABELS, **super_glue.LABELS, **pocket.LABELS}
 
 
 def register(vocabulary: seqio.Vocabulary) -> list[str]:
@@ -31,7 +33,11 @@ def register(vocabulary: seqio.Vocabulary) -> list[str]:
   Returns:
     Their names.
   """
-  return [*glue.register(vocabulary), *super_glue.register(vocabulary)]
+  return [
+    *glue.register(vocabulary),
+    *super_glue.register(vocabulary),
+    *pocket.register(vocabulary),
+  ]
 
 
 def with_local_source(

@@ -141,6 +141,7 @@ def test_all_families_are_there():
   expected |= {
     f'models/{n}.gin' for n in ('tiny', 'mini', 'mini_bytes', 'lm_mini')
   }
+  expected |= {f'models/pocket_{d}.gin' for d in (8, 16, 32, 64)}
   assert set(MODELS) == expected
 
 

@@ -367,20 +367,19 @@ def _data_fingerprint(task_files: tuple[str, ...]) -> str:
 
 def _weight(cell: Cell) -> float:
   """Parameters x examples, roughly."""
-  found = {k: v.strip('\'"') for k, v in _member_config(cell).items()}
+  found = {k.split('.')[-1]: v for k, v in _member_config(cell).items()}
 
-  def number(name: str, default: float = 1.0) -> float:
+  def number(name: str) -> float:
     try:
-      return float(found.get(name, default))
-    except ValueError:
-      return default
+      return float(found[name])
+    except (KeyError, ValueError):
+      return 1.0
 
-  width, inner = number('T5Config.emb_dim'), number('T5Config.mlp_dim')
-  layers = number('T5Config.num_encoder_layers') + number(
-    'T5Config.num_decoder_layers'
-  )
-  # A step of a tiny model takes time, too.
-  size = layers * width * (4 * width + 3 * inner) + 50_000
+  layers = number('num_encoder_layers') + number('num_decoder_layers')
+  width = number('emb_dim')
+  size = layers * width * (4 * width + 3 * number('mlp_dim'))
+  # A step of a tiny model takes its time, too.
+  size += 120_000
   return size * max(number('TRAIN_STEPS'), 20.0) * number('BATCH_SIZE')
 
 

@@ -89,7 +89,7 @@ def test_names_and_labels(names):
   assert {'glue_sst2', 'taskless_glue_rte', 'glue_mnli_and_dev'} <= set(names)
   assert tasks.LABELS['glue_rte'] == ('entailment', 'not_entailment')
   assert 'glue_stsb' not in tasks.LABELS
-  assert set(tasks.LABELS) <= set(names)
+  assert {name for name in tasks.LABELS if 'glue_' in name} <= set(names)
 
 
 def test_specs_are_those_of_tfds():
