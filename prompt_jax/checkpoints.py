@@ -28,12 +28,16 @@ class CheckpointError(ValueError):
   """A checkpoint that cannot be restored here, or a place that takes none."""
 
 
-def check_writable(directory: str) -> None:
+def check_writable(directory: str | None) -> None:
   """Fails before any work is done, not at the first save.
 
   Raises:
-    CheckpointError: the directory cannot be made or written.
+    CheckpointError: no directory, or it cannot be made or written.
   """
+  if directory is None:
+    raise CheckpointError(
+      'A run needs a directory to write into: --model_dir=...'
+    )
   path = pathlib.Path(directory)
   try:
     path.mkdir(parents=True, exist_ok=True)

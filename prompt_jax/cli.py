@@ -1,4 +1,4 @@
-"""The command line: `prompt-jax train | eval | infer | score | study | ...`.
+"""The command line: `prompt-jax train | eval | find_lr | study | ...`.
 
 Nothing heavy is imported before the arguments have been read, so that `--help`
 answers at once.
@@ -21,6 +21,7 @@ _COMMANDS = {
   'eval': ('infer.evaluate', 'metrics of a split'),
   'infer': ('infer.infer', 'decode the inputs of a split to a JSONL file'),
   'score': ('infer.score', "log-likelihoods of a split's targets and labels"),
+  'find_lr': ('finder.find_lr', 'try learning rates in short runs'),
 }
 
 _EPILOG = """\
@@ -35,7 +36,10 @@ A new run:
     --train_data=train.jsonl --eval_data=dev.jsonl \\
     --inputs='review: {sentence}' --targets='{label}' \\
     --labels=negative,positive
-The directory of a run is enough for the others:
+A learning rate for it: the same flags, with runs/find_lr.gin in place of
+runs/train.gin and a --model_dir for the plot:
+  prompt-jax find_lr --gin_file=... --model_dir=/tmp/rates
+The directory of a run is enough for eval, infer and score:
   prompt-jax eval --model_dir=/tmp/run
 """
 
@@ -273,7 +277,13 @@ def _run(
 
     dry_run.show()
     return
-  gin_utils.run(_COMMANDS[args.command][0])
+  name = _COMMANDS[args.command][0]
+  try:
+    gin_utils.build(f'@{name}')
+  except gin_utils.GinError as error:
+    hint = f'Give --gin_file=runs/{args.command}.gin and no other of runs/.'
+    raise gin_utils.GinError(f'{error} {hint}') from error
+  gin_utils.run(name)
 
 
 def _run_study(args: argparse.Namespace, gin_flags: Sequence[str]) -> None:

@@ -71,7 +71,9 @@ class Evaluation:
       splits = sorted({s for t in tasks for s in t.splits})
       raise ValueError(
         f'No task of {run.mixture_or_task_name!r} has a split '
-        f'{config.split!r}; there are {", ".join(splits)}.'
+        f'{config.split!r}; there are {", ".join(splits)}. Give --eval_data or '
+        'another EVAL_SPLIT; --gin.train.train.eval_config=None trains without '
+        'evaluation.'
       )
     out = run.partitioner.replicated
     model = run.model

@@ -17,6 +17,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 REQUIRED = '%gin.REQUIRED'
+# Python's own words, and gin's about the innermost call, which is that one.
+_MISSING = re.compile(
+  r'(?P<called>\w+)(\.__init__)?\(\) missing \d+ required .*?: (?P<names>.*)'
+  r"(\n.*)*?\n  In call to configurable '(?P=called)'"
+)
 
 
 class GinError(ValueError):
@@ -138,6 +143,26 @@ def located(where: str) -> Iterator[None]:
     raise
 
 
+@contextlib.contextmanager
+def missing_values() -> Iterator[None]:
+  """Says how to set the arguments for which gin found no value.
+
+  Raises:
+    GinError: there are some.
+  """
+  try:
+    yield
+  except TypeError as error:
+    found = _MISSING.match(str(error))
+    if found is None:
+      raise
+    names = re.findall(r"'(\w+)'", found['names'])
+    raise GinError(
+      'These have no value; set them:\n'
+      + '\n'.join(f'  --gin.{found["called"]}.{name}=...' for name in names)
+    ) from error
+
+
 def imported_selector(
   selector: str, names: dict[str, ModuleType | None]
 ) -> str:
@@ -184,6 +209,16 @@ def ending_in(name: str, selectors: Iterable[str]) -> str | None:
   if len(found) > 1:
     raise GinError(f'{name!r} may be {" or ".join(found)}: say more of it.')
   return found[0] if found else None
+
+
+def winners(
+  bound: Sequence[Bound], included: Mapping[pathlib.Path, set[pathlib.Path]]
+) -> list[Bound]:
+  """Of the bindings of each key the one that holds; see `winner`."""
+  by_key: dict[Any, list[Bound]] = {}
+  for b in bound:
+    by_key.setdefault(b.gin_key.scope_selector_arg, []).append(b)
+  return [winner(same, included) for same in by_key.values()]
 
 
 def winner(

@@ -116,12 +116,7 @@ def parse(
       _read_file(gin_rules.find(name, paths), paths, ())
     for text in gin_bindings:
       _config.bound.append(_read_flag(text))
-    by_key: dict[Any, list[Bound]] = {}
-    for bound in _config.bound:
-      by_key.setdefault(bound.gin_key.scope_selector_arg, []).append(bound)
-    _config.winners = [
-      gin_rules.winner(same, _config.included) for same in by_key.values()
-    ]
+    _config.winners = gin_rules.winners(_config.bound, _config.included)
     # In this order: a misspelt flag is told before the value that it left out.
     gin_rules.check_macros_are_used(_config.bound)
     gin_rules.check_complete(_config.winners)
@@ -164,6 +159,7 @@ def operative_config_str() -> str:
   return gin.operative_config_str()
 
 
+@gin_rules.missing_values()
 def build(reference: str) -> Any:
   """The value of a reference: `build('%MODEL')`, `build('@t5.T5Config()')`.
 
@@ -180,6 +176,7 @@ def build(reference: str) -> Any:
   return copy.deepcopy(_resolve(value, _parsed_selector))
 
 
+@gin_rules.missing_values()
 def run(name: str, **kwargs: Any) -> Any:
   """Calls the function called `name` with the parameters bound for it.
 
@@ -189,7 +186,7 @@ def run(name: str, **kwargs: Any) -> Any:
     **kwargs: arguments that override the bound ones.
 
   Raises:
-    GinError: the parsed files name no such function, or several.
+    GinError: no such function in the parsed files, or several, or no value.
   """
   return gin.get_configurable(_parsed_selector(name))(**kwargs)
 
@@ -280,7 +277,9 @@ def _parsed_selector(name: str) -> str:
   context, names = _config.imports.get(name.split('.')[0], (None, {}))
   if context is not None:
     selector = gin_rules.imported_selector(name, names)
-    return context.get_configurable(selector).selector
+    configurable = context.get_configurable(selector)
+    assert configurable is not None  # the selector has just been checked
+    return configurable.selector
   short = ['.'.join(s.split('.')[-1 - name.count('.') :]) for s in known]
   raise GinError(f'The gin files name no {name!r}.{meant(name, short)}')
 

@@ -23,7 +23,8 @@ def require(ok: bool, name: str, expected: str, got: object) -> None:
 
 
 def _check_rate(name: str, rate: float) -> None:
-  ok = bool(np.isfinite(rate)) and rate >= 0
+  number = isinstance(rate, int | float | np.number)
+  ok = number and bool(np.isfinite(rate)) and rate >= 0
   require(ok, name, 'a finite number, at least 0', rate)
 
 

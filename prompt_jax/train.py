@@ -94,11 +94,13 @@ def train(
       f'BATCH_SIZE {batch_size} cannot be cut into {num_microbatches} equal '
       'microbatches.'
     )
-  directory = pathlib.Path(model_dir)
   checkpoints.check_writable(model_dir)
+  directory = pathlib.Path(model_dir)
   best = loop_lib.Best(best_metric, best_mode, patience)
   with run.partitioner.activate():
     run.register_tasks()
+    # What it refuses is told before anything is loaded.
+    evaluate = eval_config and evaluation.Evaluation(run, eval_config)
     base = run.load()
     abstract = run.abstract_state(optimizer, base)
     with checkpoints.Checkpointer(
@@ -132,7 +134,7 @@ def train(
           directory, int(state.step), total_steps, run.mixture_or_task_name
         ),
         window=reporting.Window(**host.get('window', {})),
-        evaluate=eval_config and evaluation.Evaluation(run, eval_config),
+        evaluate=evaluate,
         best=best,
         total_steps=total_steps,
         log_period=log_period,
@@ -189,10 +191,7 @@ def _feed(
 ) -> feeds.Streamed | feeds.Resident:
   """The batches from `start` on, with the compiled steps on them."""
   converter, partitioner = run.converter(config.pack), run.partitioner
-  rows = None
-  # Processes would each choose their own number of steps.
-  if jax.process_count() == 1:
-    rows = feeds.read_rows(config, converter, resident_rows)
+  rows = feeds.read_rows(config, converter, resident_rows)
   if rows is None:
     iterator = datasets.TrainIterator(config, converter, start)
     compiled = _compile(run, abstract, step_fn)
@@ -201,7 +200,10 @@ def _feed(
   many = functools.partial(trainer.train_steps, step_fn=step_fn)
   return feeds.Resident(
     rows=rows,
-    data=jax.device_put(rows, partitioner.replicated),
+    data={
+      name: partitioner.put(x.shape, partitioner.replicated, x.__getitem__)
+      for name, x in rows.items()
+    },
     step_fn=_compile(run, abstract, many),
     order=functools.partial(
       feeds.order,

@@ -1,9 +1,9 @@
 """Tasks and mixtures: `prompt_jax.tasks`.
 
 `register(vocabulary)` puts GLUE and SuperGLUE into seqio's registries, and the
-tasks of the pocket language if the vocabulary is its own; nothing is
-registered by importing, since a task has a vocabulary and only a model's file
-says which. `with_local_source` gives such a task rows from files.
+tasks of the pocket language or of docstrings if the vocabulary is theirs;
+nothing is registered by importing, since a task has a vocabulary and only a
+model's file says which. `with_local_source` gives such a task rows from files.
 
 Not for your own data: `prompt_jax.user_data`.
 """
@@ -17,12 +17,18 @@ import seqio
 from prompt_jax import row_files
 from prompt_jax import user_data
 
+from . import docstrings
 from . import glue
 from . import pocket
 from . import super_glue
 
 # Name of a classification task -> texts of its labels, in their order.
-LABELS = {**glue.LABELS, **super_glue.LABELS, **pocket.LABELS}
+LABELS = {
+  **glue.LABELS,
+  **super_glue.LABELS,
+  **pocket.LABELS,
+  **docstrings.LABELS,
+}
 
 
 def register(vocabulary: seqio.Vocabulary) -> list[str]:
@@ -37,6 +43,7 @@ def register(vocabulary: seqio.Vocabulary) -> list[str]:
     *glue.register(vocabulary),
     *super_glue.register(vocabulary),
     *pocket.register(vocabulary),
+    *docstrings.register(vocabulary),
   ]
 
 

@@ -6,7 +6,8 @@ language's own. For each language s of `LANGUAGES`:
     pocket{s}_pretrain       256,000 examples of span corruption and queries
     pocket{s}_queries        fresh sentences, queries in the forms that
                              pretraining asks; its `token_accuracy` is how well
-                             pretraining was learned
+                             pretraining was learned, and its validation split
+                             is that of `pretrain`, too
     pocket{s}_mood           is it happy? yes, no
     pocket{s}_agent          human, animal or machine? one, two, three
     pocket{s}_group          is it of food, trade, travel, health? yes, no
@@ -27,27 +28,22 @@ reported was not chosen on them. Texts are made as ids, with padding: one core
 reads about 100,000 examples a second. Not for another vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import functools
-from typing import Any, cast
 
 import numpy as np
 import seqio
-import tensorflow as tf
 
-from prompt_jax import feature_converters
 from prompt_jax import metrics
-from prompt_jax import user_data
 from prompt_jax import vocabularies
 
+from . import arrays
 from . import pocket_language
 from . import postprocessors
 from .pocket_language import ATTRIBUTES
 
 LANGUAGES = (0, 1, 2, 3)
-
-Rows = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +125,12 @@ def register(given: seqio.Vocabulary) -> list[str]:
   for seed in LANGUAGES:
     pretrain, ask, *classify = _names(seed)
     rows = functools.partial(_pretrain, seed)
-    names.append(_add(pretrain, given, rows, _PRETRAIN_SIZES))
+    names.append(arrays.add(pretrain, given, rows, _PRETRAIN_SIZES))
     rows = functools.partial(_queries, seed)
     names.append(
-      _add(ask, given, rows, _QUERIES_SIZES, metric_fn=metrics.exact_match)
+      arrays.add(
+        ask, given, rows, _QUERIES_SIZES, metric_fn=metrics.exact_match
+      )
     )
     for name in classify:
       names.append(_add_classification(name, given))
@@ -155,69 +153,7 @@ def _add_classification(name: str, given: seqio.Vocabulary) -> str:
     spec.designs[int(design[1])] if design else '',
   )
   labels = postprocessors.LabelId(spec.labels)
-  return _add(name, given, rows, _SIZES, labels, metrics.accuracy)
-
-
-def _add(
-  name: str,
-  given: seqio.Vocabulary,
-  rows: Callable[[str], Rows],
-  sizes: Mapping[str, int],
-  postprocess_fn: Callable[..., Any] | None = None,
-  metric_fn: Callable[..., Any] | None = None,
-) -> str:
-  seqio.TaskRegistry.remove(name)
-  seqio.TaskRegistry.add(
-    name,
-    source=cast(Any, _ArraysDataSource(rows, sizes)),
-    preprocessors=[],  # each would take longer than all the rest
-    postprocess_fn=postprocess_fn,
-    metric_fns=[metric_fn] if metric_fn else [],
-    output_features=feature_converters.output_features(given),
-    shuffle_buffer_size=None,  # the source shuffles
-    task_cls=_PaddedTask,
-  )
-  return name
-
-
-class _PaddedTask(seqio.Task):
-  """Rows of one length with padding: nothing to trim."""
-
-  def _trim_output_features(
-    self, dataset: tf.data.Dataset, sequence_length: Any
-  ) -> tf.data.Dataset:
-    spec: Any = dataset.element_spec
-    for feature, room in (sequence_length or {}).items():
-      if feature in spec and room < spec[feature].shape[0]:
-        raise ValueError(
-          f'{self.name} has {feature} of up to {spec[feature].shape[0]} '
-          f'tokens, but TASK_FEATURE_LENGTHS has room for {room}: its texts '
-          'would lose their end.'
-        )
-    return dataset
-
-
-class _ArraysDataSource(user_data.RowsDataSource):
-  """Rows that are made when they are first read, as arrays.
-
-  Args:
-    rows: of a split, a column an array.
-    sizes: rows of each split.
-  """
-
-  def __init__(self, rows: Callable[[str], Rows], sizes: Mapping[str, int]):
-
-    def dataset(
-      split: str, shuffle_files: bool, seed: int | None = None
-    ) -> tf.data.Dataset:
-      columns: Any = rows(split)
-      ds = tf.data.Dataset.from_tensor_slices(columns)
-      return ds.shuffle(sizes[split], seed=seed) if shuffle_files else ds
-
-    # RowsDataSource would hold the rows as Python's dicts.
-    seqio.FunctionDataSource.__init__(
-      self, dataset, splits=list(sizes), num_input_examples=sizes
-    )
+  return arrays.add(name, given, rows, _SIZES, labels, metrics.accuracy)
 
 
 def _generator(seed: int, stream: str) -> np.random.Generator:
@@ -225,14 +161,16 @@ def _generator(seed: int, stream: str) -> np.random.Generator:
 
 
 @functools.lru_cache(maxsize=2)
-def _pretrain(seed: int, split: str) -> Rows:
+def _pretrain(seed: int, split: str) -> arrays.Rows:
+  if split == 'validation':  # as of `queries`: what pretraining is judged by
+    return _queries(seed, split)
   inputs, targets = pocket_language.Language(seed).examples(
     _generator(seed, split), _PRETRAIN_SIZES[split]
   )
   return {'inputs': inputs, 'targets': targets}
 
 
-def _queries(seed: int, split: str) -> Rows:
+def _queries(seed: int, split: str) -> arrays.Rows:
   rng = _generator(seed, 'queries')
   n = sum(_QUERIES_SIZES.values())
   language = pocket_language.Language(seed)
@@ -242,7 +180,9 @@ def _queries(seed: int, split: str) -> Rows:
   return {'inputs': inputs[part], 'targets': answers[part, None]}
 
 
-def _classification(seed: int, task: str, design: str, split: str) -> Rows:
+def _classification(
+  seed: int, task: str, design: str, split: str
+) -> arrays.Rows:
   sentences, labels = _sentences(seed, task)
   part = _part(_SIZES, split)
   prompt = pocket_language.ids(design)

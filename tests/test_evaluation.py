@@ -18,9 +18,6 @@ from prompt_jax import optimizers
 from prompt_jax import vocabularies
 from prompt_jax.methods.soft_prompt import SoftPrompt
 
-# Many runs and compilations: `make slow`.
-pytestmark = pytest.mark.slow
-
 LABELS = ('no', 'yes')
 CONFIG = evaluation.EvalConfig(batch_size=8)  # 21 rows: 8, 8 and 5
 FIELDS = {
@@ -91,7 +88,13 @@ def found(make, trained, tmp_path_factory):
   return compute
 
 
-@pytest.mark.parametrize('kind', FIELDS)
+@pytest.mark.parametrize(
+  'kind',
+  [
+    'encoder_decoder',
+    pytest.param('decoder_only', marks=pytest.mark.slow),
+  ],
+)
 class TestCommandsAgree:
   def test_every_row_once_in_order(self, kind, data, found):
     _, inferred, scored = found(kind)

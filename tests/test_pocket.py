@@ -302,7 +302,9 @@ def test_designs_stand_before_the_same_sentences(registered):
 
 
 def test_new_words_are_not_in_pretraining(registered):
-  found = pocket._pretrain(1, 'validation')
+  language = pocket_language.Language(1)
+  inputs, targets = language.examples(pocket._generator(1, 'train'), 2048)
+  found = {'inputs': inputs, 'targets': targets}
   new = pocket_language.ids(' '.join(pocket_language.NEW_WORDS))
   assert not np.isin([*found['inputs'].ravel()], new).any()
   share = (found['targets'][:, 0] == VOCABULARY.vocab_size - 1).mean()

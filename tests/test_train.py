@@ -28,9 +28,6 @@ from prompt_jax import train
 from prompt_jax import vocabularies
 from prompt_jax.methods.soft_prompt import SoftPrompt
 
-# Many runs and compilations: `make slow`.
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -422,6 +419,7 @@ def test_adafactor_counts_on_from_the_base(data, quick, tmp_path):
 # ---- other ways to train -----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_microbatches_and_packing(data, quick, tmp_path):
   """Microbatches add up to the batch; packed rows hold more examples."""
   run = runs.make(data, config={'dropout_rate': 0.0})
@@ -452,6 +450,7 @@ def assert_trains(folder):
   assert {'loss_per_token', 'rank_accuracy'} <= set(last)
 
 
+@pytest.mark.slow
 def test_fine_tuning(data, quick, tmp_path, kill):
   run = runs.make(data, method=None, trainable_patterns=('.*',))
   kwargs = {**SHORT, 'optimizer': optimizers.adafactor(), 'learning_rate': 0.01}
@@ -464,6 +463,7 @@ def test_fine_tuning(data, quick, tmp_path, kill):
   assert_trains(tmp_path / 'whole')
 
 
+@pytest.mark.slow
 def test_decoder_only(data, quick, tmp_path):
   config = {'num_encoder_layers': 0}
   run = runs.make(data, model=models.DecoderOnlyModel, config=config)

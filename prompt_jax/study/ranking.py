@@ -58,12 +58,12 @@ class Ranking:
       row[:size] = task.start + np.arange(size)
     index = index.reshape(len(runs), steps, config.batch_size)
     self._index = np.swapaxes(index, 0, 1)  # [S, K, B]
-    score = jax.vmap(runs[0].model.score_batch, in_axes=(None, 0, 0))
+    score = runs[0].model.score_batch
 
     def scores(frozen, trainable, data, index):
       def one(rows):
         batch = {name: x[rows] for name, x in data.items()}
-        return score(frozen, trainable, batch)
+        return map_runs(lambda x: score(frozen, *x), (trainable, batch))
 
       return jax.lax.map(one, index)
 
@@ -86,6 +86,22 @@ class Ranking:
       ranked = (scores[: n * c].reshape(n, c), task.gold, task.lengths)
       out.append(evaluation.rank_metrics([ranked], c))
     return out
+
+
+def map_runs(function: Any, runs: Any, at_once: int | None = None) -> Any:
+  """`function` of each run; the first axis of all arrays is that of runs.
+
+  Args:
+    function: of one run's part.
+    runs: a tree of arrays, [K, ...] each.
+    at_once: runs of one `jax.vmap`; None: one on a CPU, all elsewhere.
+  """
+  count = len(jax.tree.leaves(runs)[0])
+  if at_once is None:
+    at_once = 1 if jax.default_backend() == 'cpu' else count
+  if at_once == 1:
+    return jax.lax.map(function, runs)
+  return jax.lax.map(function, runs, batch_size=at_once)
 
 
 def _rows(

@@ -1,10 +1,11 @@
 """Runs that share a base and shapes, trained as one program.
 
 The frozen weights are shared; train states, batches and learning rates have a
-leading axis of K runs, over which `trainer.train_step` is mapped (`jax.vmap`).
-A sweep over tasks, seeds and learning rates is one compilation, and small
-models keep the devices busy. Each run sees the batches and draws the numbers
-that it would alone.
+leading axis of K runs, over which `trainer.train_step` is mapped: all at once
+(`jax.vmap`), which keeps an accelerator busy, or one after the other, which
+keeps what a CPU works on in its caches (`benchmarks/sweep.py`). Either way a
+sweep over tasks, seeds and learning rates is one compilation. Each run sees the
+batches and draws the numbers that it would alone.
 
 Data stay on the devices, so this is for data sets that fit there. Not for one
 run, nor for large ones that must go on where they were stopped (`train.py`).
@@ -27,6 +28,7 @@ from prompt_jax import optimizers
 from prompt_jax import run as run_lib
 from prompt_jax import trainer
 from prompt_jax.study import ranking
+from prompt_jax.study.ranking import map_runs
 
 Metrics = dict[str, float]
 
@@ -55,7 +57,8 @@ class Outcome:
     trainable: of the best evaluation, on the host.
     step: of the best evaluation.
     metrics: of the best evaluation, 'validation', and of the 'test'.
-    history: (step, mean loss since the last one, metric) of each evaluation.
+    history: (step, mean loss since the last one, metric) of each evaluation;
+      None for the metric where only the loss is looked at.
     finite: False if a loss, gradient or update was not; training of this run
       ended there.
   """
@@ -64,7 +67,7 @@ class Outcome:
   trainable: Any
   step: int
   metrics: Mapping[str, Metrics]
-  history: Sequence[tuple[int, float, float]]
+  history: Sequence[tuple[int, float, float | None]]
   finite: bool
 
 
@@ -94,11 +97,12 @@ def train(
   batch_size: int,
   optimizer: Any,
   learning_rate_fn: Any,
-  eval_config: evaluation.EvalConfig,
+  eval_config: evaluation.EvalConfig | None,
   test_split: str | None = None,
   eval_period: int = 1000,
   best_metric: str = 'rank_accuracy',
   resident_rows: int = 1 << 20,
+  at_once: int | None = None,
 ) -> tuple[list[Outcome], run_lib.Base, Cost]:
   """Trains the members and tests the best of each on its own task.
 
@@ -109,11 +113,14 @@ def train(
     batch_size: B, of each run.
     optimizer: from `optimizers`.
     learning_rate_fn: from `schedules`.
-    eval_config: how to choose the best evaluation, by its split.
-    test_split: for the final metrics of the best; None for none.
+    eval_config: how to choose the best evaluation, by its split; None: by the
+      mean training loss, for tasks without labels.
+    test_split: for the final metrics of the best; None for none, as without
+      `eval_config`.
     eval_period: steps between evaluations.
     best_metric: of `ranking.metrics`.
     resident_rows: rows of a task at most.
+    at_once: runs of one `jax.vmap`; None: one on a CPU, all elsewhere.
 
   Returns:
     What came of each, the base, and what it took.
@@ -142,6 +149,7 @@ def train(
         members,
         batch_size,
         resident_rows,
+        at_once,
         functools.partial(
           trainer.train_step,
           model=run.model,
@@ -188,6 +196,7 @@ def _feed(
   members: Sequence[Member],
   batch_size: int,
   resident_rows: int,
+  at_once: int | None,
   step_fn: Any,
 ) -> feeds.Resident:
   """The rows of all tasks, one after the other, and each run's own order."""
@@ -207,11 +216,13 @@ def _feed(
     n = len(next(iter(found.values())))
     places[name], count = (count, n), count + n
   scales = jnp.array([m.learning_rate_scale for m in members], jnp.float32)
-  mapped = jax.vmap(step_fn, in_axes=(0, None, 0, 0))
 
-  def steps(state, frozen, data, index, count):
-    one = lambda state, frozen, batch: mapped(state, frozen, batch, scales)  # noqa: E731
-    return trainer.train_steps(state, frozen, data, index, count, step_fn=one)
+  def all_runs(state, frozen, batch):
+    return map_runs(
+      lambda x: step_fn(x[0], frozen, x[1], x[2]),
+      (state, batch, scales),
+      at_once,
+    )
 
   def order(position: int, count: int) -> np.ndarray:
     taken = []
@@ -225,7 +236,10 @@ def _feed(
   return feeds.Resident(
     rows=all_rows,
     data=jax.device_put(all_rows, runs[0].partitioner.replicated),
-    step_fn=jax.jit(steps, donate_argnums=0),
+    step_fn=jax.jit(
+      functools.partial(trainer.train_steps, step_fn=all_runs),
+      donate_argnums=0,
+    ),
     order=order,
   )
 
@@ -237,24 +251,32 @@ class _Best:
     self,
     runs: Sequence[run_lib.Run],
     base: run_lib.Base,
-    config: evaluation.EvalConfig,
+    config: evaluation.EvalConfig | None,
     metric: str,
   ):
     self._runs, self._base, self._config = runs, base, config
     self._metric = metric
-    self._rank = ranking.Ranking(runs, config)
+    self._rank = config and ranking.Ranking(runs, config)
     self._value = np.full(len(runs), -np.inf)
     self._step = np.zeros(len(runs), int)
     self._found: list[Metrics] = [{} for _ in runs]
-    self._history: list[list[tuple[int, float, float]]] = [[] for _ in runs]
+    self._history: list[list[tuple[int, float, float | None]]] = [
+      [] for _ in runs
+    ]
     self._trainable: Any = None
 
   def update(
     self, step: int, trainable: Any, losses: np.ndarray, finite: np.ndarray
   ) -> None:
     """Evaluates all runs; `losses` [steps, K] are those since the last time."""
-    found = self._rank(trainable, self._base.frozen)
-    value = np.array([one[self._metric] for one in found])
+    means = losses.mean(axis=0)
+    if self._rank is None:
+      what, shown, value = 'loss', means, -means
+      found: list[Metrics] = [{} for _ in self._runs]
+    else:
+      found = self._rank(trainable, self._base.frozen)
+      value = np.array([one[self._metric] for one in found])
+      what, shown = self._metric, value
     better = finite & (value > self._value)
     if self._trainable is None:
       self._trainable = jax.tree.map(jnp.copy, trainable)
@@ -262,18 +284,17 @@ class _Best:
     for k in np.flatnonzero(better):
       self._value[k], self._step[k] = value[k], step
       self._found[k] = found[k]
-    means = losses.mean(axis=0)
     for k, history in enumerate(self._history):
-      history.append((step, float(means[k]), float(value[k])))
+      history.append((step, float(means[k]), found[k].get(self._metric)))
     logging.info(
-      'step %d: %s of %d runs %.1f to %.1f, mean %.1f',
-      step, self._metric, len(value), value.min(), value.max(), value.mean(),
+      'step %d: %s of %d runs %.4g to %.4g, mean %.4g',
+      step, what, len(shown), shown.min(), shown.max(), shown.mean(),
     )  # fmt: skip
 
   def outcomes(self, test_split: str | None, finite: np.ndarray):
     """What came of each run, tested if there is a split for that."""
     tested: list[Metrics] = [{} for _ in self._runs]
-    if test_split is not None:
+    if test_split is not None and self._config is not None:
       config = dataclasses.replace(self._config, split=test_split)
       rank = ranking.Ranking(self._runs, config)
       tested = rank(self._trainable, self._base.frozen)
