@@ -5,6 +5,7 @@ checks are stricter than a run's: jaxtyping's annotations are verified, and
 warnings are errors (pyproject.toml).
 """
 
+from collections.abc import Iterator
 import os
 import pathlib
 
@@ -12,6 +13,9 @@ import pathlib
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
+# Compiling takes most of their time.
+_QUICK = '--xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_QUICK}'
 
 import jax
 import jaxtyping
@@ -30,6 +34,8 @@ CHECKED = (
 )
 jaxtyping.install_import_hook(CHECKED, 'beartype.beartype')
 
+from prompt_jax import gin_utils
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -40,6 +46,13 @@ def pytest_configure(config: pytest.Config) -> None:
   cache = config.cache.mkdir('jax')
   jax.config.update('jax_compilation_cache_dir', str(cache))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_gin() -> Iterator[None]:
+  """A configuration that a module's tests parsed is none of the next one's."""
+  yield
+  gin_utils.clear()
 
 
 @pytest.fixture(scope='session')

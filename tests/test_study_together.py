@@ -58,9 +58,8 @@ def _found(data, kind):
   return base, outcomes, cost
 
 
-@pytest.mark.parametrize(
-  'kind', ['prompt', pytest.param('fine_tuning', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
 def test_each_is_as_if_alone(data, tmp_path, kind):
   base, outcomes, _ = _found(data, kind)
   optimizer, rate = RECIPES[kind]

@@ -187,25 +187,33 @@ def _batch(model, rows=8, seed=0):
   return helpers.with_prompt(batch, model)
 
 
-def test_microbatches_add_up_to_the_batch():
-  for factor in (None, 'NUM_REAL_TARGET_TOKENS', 'AVERAGE_PER_SEQUENCE', 7.0):
-    model, params = _small()
-    model = dataclasses.replace(model, loss_normalizing_factor=factor)
-    optimizer = optimizers.sgd()
-    batch = _batch(model)
-    outs = []
-    for parts in (1, 4):
-      state = _start(model, params, optimizer)
-      step = _step(model, optimizer, 1e-2, num_microbatches=parts)
-      outs.append(step(state, params, batch))
-    (one, sums_one), (four, sums_four) = outs
-    np.testing.assert_allclose(sums_four['loss'], sums_one['loss'], rtol=1e-5)
-    assert sums_one['target_tokens'] == sums_four['target_tokens']
-    np.testing.assert_allclose(
-      four.trainable['method']['prompt'],
-      one.trainable['method']['prompt'],
-      atol=1e-5,
-    )
+@pytest.mark.parametrize(
+  'factor',
+  [
+    None,
+    'NUM_REAL_TARGET_TOKENS',
+    pytest.param('AVERAGE_PER_SEQUENCE', marks=pytest.mark.slow),
+    pytest.param(7.0, marks=pytest.mark.slow),
+  ],
+)
+def test_microbatches_add_up_to_the_batch(factor):
+  model, params = _small()
+  model = dataclasses.replace(model, loss_normalizing_factor=factor)
+  optimizer = optimizers.sgd()
+  batch = _batch(model)
+  outs = []
+  for parts in (1, 4):
+    state = _start(model, params, optimizer)
+    step = _step(model, optimizer, 1e-2, num_microbatches=parts)
+    outs.append(step(state, params, batch))
+  (one, sums_one), (four, sums_four) = outs
+  np.testing.assert_allclose(sums_four['loss'], sums_one['loss'], rtol=1e-5)
+  assert sums_one['target_tokens'] == sums_four['target_tokens']
+  np.testing.assert_allclose(
+    four.trainable['method']['prompt'],
+    one.trainable['method']['prompt'],
+    atol=1e-5,
+  )
 
 
 def test_runs_train_together_as_alone():
