@@ -270,7 +270,11 @@ def length_report(
   )
   # One more than the limit tells whether there were more.
   counts = ds.take(limit + 1).map(
-    lambda example: {key: tf.shape(example[key])[0] for key in lengths}
+    lambda example: {
+      # Padding, id 0, is no token.
+      key: tf.math.count_nonzero(example[key])
+      for key in lengths
+    }
   )
   rows = list(counts.as_numpy_iterator())
   if not rows:

@@ -2,9 +2,8 @@
 
 A study file binds one `Study`: model sizes x methods x hyperparameters x tasks
 x seeds. `cells` expands it; every cell is an ordinary configuration (gin files
-and bindings) that could be run by hand. Cells that share a base and shapes are
-put into one `Job`, which trains them as one program (`together.py`). Not for
-running them (`jobs.py`, `workers.py`).
+and bindings) that could be run by hand. Cells that share a base and shapes make
+one `Job`, one program (`together.py`). Not for running them (`workers.py`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -347,7 +345,7 @@ def _resolved(
 def _stable(value: str) -> str:
   """A value, or what is in the file that it names."""
   path = pathlib.Path(value.strip('\'"'))
-  if len(value) < 4096 and os.sep in value and path.is_file():
+  if len(value) < 4096 and '/' in value and path.is_file():
     return 'file ' + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
   return value
 
