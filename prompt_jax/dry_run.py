@@ -62,9 +62,8 @@ def _parameters(run: run_lib.Run) -> str:
   for path, leaf in run.expected.items():
     kind = 'trainable' if path in tuned else 'frozen'
     add(path, leaf.shape, kind, run.network_shardings[path].spec)
-  shape = (run.model.config.vocab_size, run.model.config.emb_dim)
-  embedding = jax.ShapeDtypeStruct(shape, np.float32)
-  boxed = jax.eval_shape(run.model.init_method, run.init_rng(), embedding)
+  params = train_state.unflatten(run.expected)
+  boxed = jax.eval_shape(run.model.init_method, run.init_rng(), params)
   places = train_state.flatten(run.partitioner.shardings(boxed))
   for path, leaf in train_state.flatten(boxed).items():
     leaf = getattr(leaf, 'value', leaf)

@@ -40,6 +40,18 @@ class AdafactorState(NamedTuple):
   m: PyTree
 
 
+def start_at(opt_state: Any, step: int) -> Any:
+  """The state, every Adafactor in it at that step, as its updates depend on."""
+
+  def is_one(x: Any) -> bool:
+    return isinstance(x, AdafactorState)
+
+  def one(x: Any) -> Any:
+    return x._replace(count=x.count * 0 + step) if is_one(x) else x
+
+  return jax.tree.map(one, opt_state, is_leaf=is_one)
+
+
 class _Moments(NamedTuple):
   """The accumulators of one parameter; see `AdafactorState`."""
 

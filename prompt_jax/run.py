@@ -35,7 +35,8 @@ class Base:
   """A base model on the devices.
 
   Attributes:
-    frozen: parameters that are not trained, in the compute dtype.
+    frozen: parameters that are not trained, in the compute dtype; and, as
+      'constants', the method's arrays that are not trained.
     network: parameters of the network that are trained, float32.
     fingerprint: of the whole base.
     step: of the checkpoint, 0 if it has none.
@@ -49,7 +50,8 @@ class Base:
   @property
   def params(self) -> Any:
     """All parameters of the network."""
-    return train_state.merge(self.frozen, self.network)
+    frozen = {k: v for k, v in self.frozen.items() if k != 'constants'}
+    return train_state.merge(frozen, self.network)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +168,11 @@ class Run:
       found[path] = x if path in keep else x.astype(dtype)
     network = {path: x for path, x in found.items() if path in keep}
     frozen = {path: x for path, x in found.items() if path not in keep}
+    constants = self.model.constants(train_state.unflatten(found))
+    if constants:
+      frozen['constants'] = jax.device_put(
+        partitioning.unbox(constants), self.partitioner.replicated
+      )
     return Base(
       frozen=train_state.unflatten(frozen),
       network=train_state.unflatten(network),
@@ -225,8 +232,9 @@ class Run:
       trainer.init_state, model=self.model, optimizer=optimizer
     )
     state = jax.eval_shape(init, self.init_rng(), base.params)
-    embedding = self.model.embedding(base.params)
-    method = jax.eval_shape(self.model.init_method, self.init_rng(), embedding)
+    method = jax.eval_shape(
+      self.model.init_method, self.init_rng(), base.params
+    )
     tuned = {
       path: self.network_shardings[path]
       for path in train_state.flatten(base.network)

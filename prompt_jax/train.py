@@ -14,7 +14,6 @@ from typing import Any
 
 from absl import logging
 import jax
-import numpy as np
 import optax
 
 from prompt_jax import checkpoints
@@ -170,14 +169,10 @@ def _start(
   if checkpointer.latest_step() is not None:
     return checkpointer.restore(abstract)
   state = run.init_state(optimizer, base, abstract)
-  adafactor = isinstance(state.opt_state, optimizers.AdafactorState)
-  if restore_optimizer_step and base.step and adafactor:
-    count = state.opt_state.count
-    count = jax.device_put(
-      np.asarray(base.step, count.dtype), run.partitioner.replicated
-    )
-    logging.info("Adafactor starts at the base's step %d.", base.step)
-    state = state.replace(opt_state=state.opt_state._replace(count=count))
+  if restore_optimizer_step and base.step:
+    logging.info("Adafactor, if used, starts at the base's step %d.", base.step)
+    opt_state = optimizers.start_at(state.opt_state, base.step)
+    state = state.replace(opt_state=opt_state)
   return state, {}
 
 

@@ -59,14 +59,19 @@ def train_step(
     batch = {**batch, 'decoder_loss_weights': weights}
 
   def loss_fn(trainable, part, rng):
-    return model.loss_fn(frozen, trainable, part, rng, factor)
+    return model.loss_fn(frozen, trainable, part, rng, factor, num_microbatches)
 
   grads, sums = _accumulate(
     loss_fn, state.trainable, batch, rng, num_microbatches
   )
   learning_rate = learning_rate_fn(state.step) * learning_rate_scale
   updates, opt_state = optimizer.update(
-    grads, state.opt_state, state.trainable, learning_rate=learning_rate
+    grads,
+    state.opt_state,
+    state.trainable,
+    learning_rate=learning_rate,
+    learning_rate_scale=learning_rate_scale,
+    step=state.step,
   )
   new = TrainState(
     step=state.step + 1,
@@ -188,7 +193,7 @@ def init_state(
   """
   network, _ = model.split(params)
   init_rng, run_rng = jax.random.split(rng)
-  method = model.init_method(init_rng, model.embedding(params))
+  method = model.init_method(init_rng, params)
   trainable = {'method': partitioning.unbox(method), 'network': network}
   return TrainState(
     step=jnp.zeros((), jnp.int32),

@@ -47,7 +47,13 @@ class Setup:
 
   @functools.cached_property
   def frozen(self) -> Any:
-    return self.model.split(params())[1]
+    return self.freeze(params())
+
+  def freeze(self, network: Any) -> Any:
+    """What is not trained: of the network, and the method's constants."""
+    constants = partitioning.unbox(self.model.constants(network))
+    frozen = self.model.split(network)[1]
+    return {**frozen, 'constants': constants} if constants else frozen
 
   def start(self) -> train_state.TrainState:
     """The state before the first step, on the host."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prompt_jax import deltas
 from prompt_jax import train_state
 from prompt_jax.deltas import Routed
 from prompt_jax.network import t5
@@ -36,7 +37,14 @@ def make(kind, lead, seed=0, width=WIDTH):
       d(3, C.num_heads, C.head_dim),
       d(3, C.num_heads, C.head_dim, seed=seed + 1),
     ),
-    'bottleneck': lambda: (d(C.emb_dim, 2), d(2, C.emb_dim)),
+    'hidden': lambda: (d(1), d(C.emb_dim)),
+    'kernel': lambda: d(C.emb_dim, width),
+    'bottleneck': lambda: deltas.Adapter(
+      d(C.emb_dim, 2), d(2), d(2, C.emb_dim), d(C.emb_dim)
+    ),
+    'parallel': lambda: deltas.Adapter(
+      d(C.emb_dim, 2), d(2), d(2, C.emb_dim), d(C.emb_dim), 'silu'
+    ),
   }[kind]()
 
 
@@ -56,11 +64,11 @@ def whose(kind, owner, lead=(), seed=0):
 
 def by_example(delta, kind):
   """What each of the B examples gets, [(L,) B, ...]: a definition by hand."""
-  layers_axes = {'rows': 3, 'scale': 2, 'shift': 2, 'prefix': 4}.get(kind, 3)
+  groups_on = {'rows': 3, 'scale': 2, 'shift': 2, 'prefix': 4}.get(kind, 3)
+  scanned = jax.tree.leaves(delta.table)[0].ndim > groups_on
   leaves = []
   for leaf in jax.tree.leaves(delta.table):
     leaf = np.asarray(leaf)
-    scanned = leaf.ndim > layers_axes
     leaf = leaf if scanned else leaf[None]
     index = np.zeros(B, int) if leaf.shape[1] == 1 else np.arange(B)
     if delta.group is not None:

@@ -64,9 +64,7 @@ def test_parameter_count_is_as_declared(name):
       ['%MODEL'], f'models/t5_1_1_{size}.gin', name, flags
     )
     network = partitioning.unbox(model.abstract_network)
-    method = jax.eval_shape(
-      model.init_method, jax.random.PRNGKey(0), model.embedding(network)
-    )
+    method = jax.eval_shape(model.init_method, jax.random.PRNGKey(0), network)
     trained = jax.tree.leaves(
       (partitioning.unbox(method), model.split(network)[0])
     )
@@ -95,7 +93,7 @@ def test_only_trainables_move(name):
   before = contract.on_host(contract.params())
   (first, _), *_, (last, metrics) = s.trajectory
   same_trees(contract.params(), before)
-  same_trees(s.frozen, s.model.split(before)[1])
+  same_trees(s.frozen, s.freeze(before))
   assert last.step == STEPS and metrics['finite']
   assert paths(last.trainable) == paths(first.trainable)
   start = train_state.flatten(first.trainable)
@@ -164,9 +162,7 @@ def test_mixed_batch_is_each_task_alone(name):
   assert s.model.method.num_tasks == 1
   method = s.model.method.clone(num_tasks=TASKS)
   together = dataclasses.replace(s.model, method=method)
-  boxed = together.init_method(
-    jax.random.PRNGKey(0), together.embedding(contract.params())
-  )
+  boxed = together.init_method(jax.random.PRNGKey(0), contract.params())
   own = dataclasses.replace(s, model=together).moved
   tasks = np.arange(ROWS) % TASKS
   texts = [
@@ -268,9 +264,7 @@ def test_scanned_layers_are_the_loop(name):
   _, frozen = model.split(unrolled(contract.params()))
   moved = helpers.NOTHING | unrolled(s.moved)
   loop = dataclasses.replace(s, model=model)
-  method = model.init_method(
-    jax.random.PRNGKey(0), model.embedding(contract.params())
-  )
+  method = model.init_method(jax.random.PRNGKey(0), contract.params())
   wanted = {**moved, 'method': partitioning.unbox(method)}
   checkpoints.check_shapes(moved, wanted, name)
   np.testing.assert_allclose(
@@ -390,9 +384,9 @@ def test_combines_with_a_soft_prompt(name):
   by_hand: deltas.Deltas = {}
   for part, method in parts.items():
     model = dataclasses.replace(s.model, method=method)
-    trainable = {'method': own[part], 'network': {}}
+    trainable = {'method': own[part], 'network': both.moved['network']}
     by_hand = deltas.combine(
-      by_hand, model.deltas(contract.params(), trainable, batch)
+      by_hand, model.method_deltas(s.frozen, trainable, batch)
     )
-  laid = chain.deltas(contract.params(), both.moved, batch)
+  laid = chain.method_deltas(both.frozen, both.moved, batch)
   jax.tree.map(np.testing.assert_array_equal, laid, by_hand)

@@ -25,7 +25,8 @@ from prompt_jax.network import t5
 
 # ---- the algebra -----------------------------------------------------------
 
-JOINED = [kind for kind in deltas.KINDS if kind != 'bottleneck']
+ALONE = ('bottleneck', 'parallel', 'hidden')
+JOINED = sorted({*deltas.KINDS} - {*ALONE, 'preceding'})
 
 
 def numpy_join(kind, x, y):
@@ -41,6 +42,7 @@ def numpy_join(kind, x, y):
     'rows': lambda: [np.concatenate([x[0], y[0]], -2)],
     'scale': lambda: [x[0] * y[0]],
     'shift': lambda: [x[0] + y[0]],
+    'kernel': lambda: [x[0] + y[0]],
   }[kind]()
 
 
@@ -101,17 +103,32 @@ def test_unequal_groups_do_not_combine(kind, routed):
     deltas.combine(x, y)
 
 
-def test_two_bottlenecks_at_one_place_do_not_combine():
-  x = {'a/bottleneck': whose('bottleneck', 'shared')}
-  with pytest.raises(ValueError, match=r'a/bottleneck: .* does not combine'):
+@pytest.mark.parametrize('kind', ALONE)
+def test_what_does_not_combine_at_one_place(kind):
+  x = {f'a/{kind}': whose(kind, 'shared')}
+  with pytest.raises(ValueError, match=f'a/{kind}: .* does not combine'):
     deltas.combine(x, x)
-  other = {'b/bottleneck': whose('bottleneck', 'shared')}
+  other = {f'b/{kind}': whose(kind, 'shared')}
   assert len(deltas.combine(x, other)) == 2
+
+
+def test_slots_that_precede_the_text_add_up():
+  x, y = (Routed(jnp.zeros((1, n))) for n in (2, 3))
+  both = deltas.combine({'a/preceding': x}, {'a/preceding': y})
+  assert both['a/preceding'].table.shape == (1, 5)
+
+
+def test_low_ranks_of_unequal_dropout_do_not_combine():
+  x = {'a/low_rank': whose('low_rank', 'shared')}
+  y = {'a/low_rank': dataclasses.replace(x['a/low_rank'], dropout_rate=0.1)}
+  assert deltas.combine(y, y)['a/low_rank'].dropout_rate == 0.1
+  with pytest.raises(ValueError, match='a/low_rank: .* does not combine'):
+    deltas.combine(x, y)
 
 
 @pytest.mark.parametrize('owner', WHOSE)
 def test_repeat_is_each_example_times_beams(owner):
-  for kind in deltas.KINDS:
+  for kind in {*deltas.KINDS} - {'hidden', 'preceding'}:
     for lead in [(), (L,)] if kind != 'rows' else [()]:
       delta = whose(kind, owner, lead)
       got = deltas.repeat({f'a/{kind}': delta}, 3)[f'a/{kind}']
@@ -161,9 +178,11 @@ def test_hooks_are_free(monkeypatch):
   identity('adapt_embedding', lambda module, lookup, ids, rows: lookup(ids))
   identity('adapt_projection', lambda module, x, y: y)
   identity('adapt_keys_values', lambda module, *same: same)
-  identity('adapt_sublayer', lambda module, y: y)
+  identity('adapt_sublayer', lambda module, x, y: y)
+  identity('adapt_layer_input', lambda module, x: x)
+  identity('slots_before_text', lambda module: 0)
   assert program({}) == with_hooks
-  assert len(called) == 4
+  assert len(called) == 6
 
 
 # ---- check and merge -------------------------------------------------------

@@ -143,7 +143,7 @@ def test_all_families_are_there():
     f'models/{n}.gin' for n in ('tiny', 'mini', 'mini_bytes', 'lm_mini')
   }
   expected |= {f'models/pocket_{d}.gin' for d in (8, 16, 32, 64)}
-  expected |= {f'models/docstrings_{d}.gin' for d in (16, 32, 64, 128)}
+  expected |= {f'models/docstrings_{d}.gin' for d in (8, 16, 32, 64)}
   assert set(MODELS) == expected
 
 

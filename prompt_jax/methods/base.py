@@ -2,9 +2,15 @@
 
 A method is a linen module whose `__call__(context)` returns `deltas.Deltas`.
 It owns the trainable parameters and nothing else: it never subclasses, wraps
-or patches the network.  A method whose deltas hold `rows` says so by a property
-`soft_tokens`, (number of groups, rows of one group), from which the data side
-learns the ids of the soft tokens.
+or patches the network.  Beside that it may
+
+-   have a property `soft_tokens`, (number of groups, rows of one group), if its
+    deltas hold `rows`: the data side learns the ids of the soft tokens from it;
+-   hold arrays that are not trained in the collection `constants`
+    (`self.variable('constants', name, read)`): they are made once, when the
+    base is loaded, and are an argument of the step like the frozen weights;
+-   add to the loss: `self.sow('losses', name, value)`;
+-   draw, in training only: `self.has_rng('dropout')` says whether.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,16 +43,23 @@ class Context:
 
   Attributes:
     embedding: the network's token embedding, [V, D].
-    tokens: input ids of the batch, [B, T]; None while parameters are made.
+    params: all parameters of the network.
+    tokens: input ids of the batch, [B, T]; None while parameters are made and
+      where deltas are exported.
     task_ids: the task of each example, [B], if the data have tasks.
+    packed: rows of the batch hold several examples.
+    exporting: the deltas are to be kept, with tables of all tasks.
     config: of the network.
     sites: the network's projections.
     modules: paths of all modules of the network.
   """
 
   embedding: Any
+  params: Any = None
   tokens: Any = None
   task_ids: Any = None
+  packed: bool = struct.field(pytree_node=False, default=False)
+  exporting: bool = struct.field(pytree_node=False, default=False)
   config: Any = struct.field(pytree_node=False, default=None)
   sites: tuple[Site, ...] = struct.field(pytree_node=False, default=())
   modules: tuple[str, ...] = struct.field(pytree_node=False, default=())
@@ -55,6 +68,13 @@ class Context:
   def embedder(self) -> str:
     """Path of the token embedding, where `rows` are laid."""
     return next(m for m in self.modules if m.endswith('token_embedder'))
+
+  def parameter(self, path: str) -> Any:
+    """A parameter of the network, to which no gradient flows."""
+    found = self.params
+    for name in path.split('/'):
+      found = found[name]
+    return jax.lax.stop_gradient(found)
 
   def match(self, pattern: str) -> list[Site]:
     """The sites whose whole path the pattern matches.
@@ -80,7 +100,7 @@ class Context:
         several examples, so they have none).
     """
     groups = jax.tree.leaves(table)[0].shape[len(layers)]
-    if groups == 1:
+    if groups == 1 or self.exporting:
       return deltas.Routed(table)
     if self.task_ids is None:
       raise ValueError(
@@ -90,6 +110,39 @@ class Context:
       )
     group = jnp.broadcast_to(self.task_ids, (*layers, *self.task_ids.shape))
     return deltas.Routed(table, group)
+
+
+def params_at(
+  module: nn.Module,
+  specs: Mapping[str, tuple[Any, Sequence[int], Sequence[str | None]]],
+) -> dict[str, Any]:
+  """Float32 parameters with paths of the network: 'encoder/layers/.../lora_a'.
+
+  Args:
+    module: the method that they belong to.
+    specs: path -> (initializer, shape, logical names of the axes).
+
+  Returns:
+    path -> array. The method's tree is nested as the network's is.
+  """
+  flat: dict[str, dict[str, Any]] = {}
+  for path, spec in specs.items():
+    top, _, rest = path.partition('/')
+    flat.setdefault(top, {})[rest] = spec
+
+  def init(rng: Any, own: dict[str, Any]) -> Any:
+    made = {}
+    for i, (rest, (draw, shape, axes)) in enumerate(own.items()):
+      value = draw(jax.random.fold_in(rng, i), tuple(shape), jnp.float32)
+      made[rest] = nn.LogicallyPartitioned(value, tuple(axes))
+    return traverse_util.unflatten_dict(made, sep='/')
+
+  out = {}
+  for top, own in flat.items():
+    found: Any = module.param(top, init, own)
+    for rest, x in traverse_util.flatten_dict(found, sep='/').items():
+      out[f'{top}/{rest}'] = x
+  return out
 
 
 class Chain(nn.Module):
@@ -160,10 +213,18 @@ def modules(params: Any) -> tuple[str, ...]:
   return tuple(sorted(found))
 
 
-def context(config: T5Config, boxed_params: Any, embedding: Any) -> Context:
-  """A Context without a batch, for making a method's parameters."""
+def context(
+  config: T5Config,
+  boxed_params: Any,
+  params: Any,
+  embedding: Any,
+  **fields: Any,
+) -> Context:
+  """The Context of a network; `fields` are those that come from a batch."""
   return Context(
     embedding=embedding,
+    params=params,
+    **fields,
     config=config,
     sites=sites(boxed_params),
     modules=modules(boxed_params),

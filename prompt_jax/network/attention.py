@@ -70,7 +70,10 @@ class RelativePositionBias(nn.Module):
   def __call__(
     self, query_length: int, key_length: int, offset: Any = 0
   ) -> Float[Array, '1 H U T']:
-    """Bias of queries at `offset`, `offset + 1`, ... against keys from 0."""
+    """Bias of queries at `offset`, `offset + 1`, ... against keys from 0.
+
+    Prefix slots that are to precede the text are keys at -P, ..., -1.
+    """
     c = self.config
     table = layers.param(
       self,
@@ -80,7 +83,9 @@ class RelativePositionBias(nn.Module):
       ('heads', 'relpos_buckets'),
     )
     query = jnp.arange(query_length, dtype=jnp.int32)[:, None] + offset
-    relative = jnp.arange(key_length, dtype=jnp.int32)[None, :] - query
+    before = deltas.slots_before_text(self)
+    key = jnp.arange(-before, key_length, dtype=jnp.int32)
+    relative = key[None, :] - query
     bucket = relative_position_bucket(
       relative,
       self.bidirectional,
@@ -152,7 +157,8 @@ def drop_weights(
 class Attention(nn.Module):
   """`softmax(q k^T + bias) v`, projected back to the residual stream.
 
-  Two hooks act here: `prefix` on keys and values, `bottleneck` on the result.
+  Hooks act here on keys and values (`prefix`) and on the result (`parallel`,
+  `bottleneck`).
 
   Attributes:
     config: of the network.
@@ -169,7 +175,7 @@ class Attention(nn.Module):
     self,
     x: Float[Array, 'B U D'],
     context: Float[Array, 'B T D'] | None,
-    bias: Float[Array, '#B H U S'] | None,
+    bias: Float[Array, '#B H U _'] | None,
     mask: Bool[Array, '#B 1 #U S'],
     position: Any = None,
     keep: Any = None,
@@ -197,7 +203,7 @@ class Attention(nn.Module):
     out = layers.Dense(
       c.emb_dim, ('joined_kv', 'embed'), layers.attention_init, name='out'
     )
-    return deltas.adapt_sublayer(self, out(y))
+    return deltas.adapt_sublayer(self, x, out(y))
 
   def _project(self, x: Array, name: str) -> Array:
     c = self.config

@@ -22,13 +22,6 @@ Initializer = Callable[..., Array]
 attention_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 dense_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  'gelu': functools.partial(nn.gelu, approximate=True),
-  'relu': nn.relu,
-  'silu': nn.silu,
-  'linear': lambda x: x,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
@@ -86,7 +79,7 @@ class T5Config:
     # gin hands over a list; a linen field must be hashable.
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     for name in self.mlp_activations:
-      _one_of('mlp_activations', name, _ACTIVATIONS)
+      _one_of('mlp_activations', name, deltas.ACTIVATIONS)
     _one_of('dtype', self.dtype, ('float32', 'bfloat16'))
     _one_of('remat_policy', self.remat_policy, ('none', 'minimal', 'full'))
     _one_of(
@@ -241,9 +234,9 @@ class Mlp(nn.Module):
     for i, name in enumerate(c.mlp_activations):
       dense = 'wi' if len(c.mlp_activations) == 1 else f'wi_{i}'
       h = Dense(c.mlp_dim, ('embed', 'mlp'), name=dense)(x)
-      gates.append(_ACTIVATIONS[name](h))
+      gates.append(deltas.ACTIVATIONS[name](h))
     h = functools.reduce(jnp.multiply, gates)
     h = nn.with_logical_constraint(h, ('batch', 'length', 'mlp'))
     h = dropout(c, self.deterministic)(h)
     y = Dense(c.emb_dim, ('mlp', 'embed'), name='wo')(h)
-    return deltas.adapt_sublayer(self, y)
+    return deltas.adapt_sublayer(self, x, y)

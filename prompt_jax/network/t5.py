@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from prompt_jax import deltas
 from prompt_jax.network import attention
 from prompt_jax.network import layers
 from prompt_jax.network.layers import T5Config
@@ -38,6 +39,7 @@ class EncoderLayer(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, 'B T D'], bias: Any, mask: Any):
     drop = layers.dropout(self.config, self.deterministic)
+    x = deltas.adapt_layer_input(self, x)
     h = layers.RMSNorm(name='pre_attention_layer_norm')(x)
     h = attention.Attention(self.config, self.deterministic, name='attention')(
       h, None, bias, mask

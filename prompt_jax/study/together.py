@@ -27,6 +27,7 @@ from prompt_jax import feeds
 from prompt_jax import optimizers
 from prompt_jax import run as run_lib
 from prompt_jax import trainer
+from prompt_jax.study import costs
 from prompt_jax.study import ranking
 from prompt_jax.study.ranking import map_runs
 
@@ -71,24 +72,6 @@ class Outcome:
   finite: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-  """What the runs took, together.
-
-  Attributes:
-    compile_seconds: until the first step was done.
-    train_seconds: of all other steps, evaluations left out.
-    step_seconds: of a step of all runs.
-    flops: of the training of one run, by the compiler's count; None where it
-      does not count.
-  """
-
-  compile_seconds: float
-  train_seconds: float
-  step_seconds: float
-  flops: float | None
-
-
 def train(
   run: run_lib.Run,
   members: Sequence[Member],
@@ -103,7 +86,7 @@ def train(
   best_metric: str = 'rank_accuracy',
   resident_rows: int = 1 << 20,
   at_once: int | None = None,
-) -> tuple[list[Outcome], run_lib.Base, Cost]:
+) -> tuple[list[Outcome], run_lib.Base, costs.Cost]:
   """Trains the members and tests the best of each on its own task.
 
   Args:
@@ -143,7 +126,7 @@ def train(
     clock = _Clock()
     finite = np.ones(len(runs), bool)
     if total_steps:
-      flops = _flops(run, base, optimizer, learning_rate_fn, batch_size)
+      flops = costs.flops_of_step(run, optimizer, learning_rate_fn, batch_size)
       feed = _feed(
         runs,
         members,
@@ -184,11 +167,10 @@ def _init(runs: Sequence[run_lib.Run], base: run_lib.Base, optimizer: Any):
   )
   rngs = jnp.stack([run.init_rng() for run in runs])
   state = jax.jit(jax.vmap(init, (0, None)))(rngs, base.params)
-  if isinstance(state.opt_state, optimizers.AdafactorState):
-    # As `train.train` does: early updates depend on the base's step.
-    count = jnp.full_like(state.opt_state.count, base.step)
-    state = state.replace(opt_state=state.opt_state._replace(count=count))
-  return state
+  # As `train.train` does.
+  return state.replace(
+    opt_state=optimizers.start_at(state.opt_state, base.step)
+  )
 
 
 def _feed(
@@ -342,32 +324,7 @@ class _Clock:
   def count(self, steps: int) -> None:
     self._steps.append(steps)
 
-  def cost(self, flops: float | None) -> Cost:
+  def cost(self, flops: float | None) -> costs.Cost:
     first, rest = sum(self._calls[:1]), sum(self._calls[1:])
-    return Cost(first, rest, rest / max(sum(self._steps[1:]), 1), flops)
-
-
-def _flops(
-  run: run_lib.Run,
-  base: run_lib.Base,
-  optimizer: Any,
-  learning_rate_fn: Any,
-  batch_size: int,
-) -> float | None:
-  """Floating-point operations of one step of one run."""
-  # The compiler counts a loop's body once, so no loop.
-  config = dataclasses.replace(run.model.config, scan_unroll=0)
-  step = functools.partial(
-    trainer.train_step,
-    model=dataclasses.replace(run.model, config=config),
-    optimizer=optimizer,
-    learning_rate_fn=learning_rate_fn,
-  )
-  lengths = run.converter().get_model_feature_lengths(run.task_feature_lengths)
-  batch = {
-    name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-    for name, length in lengths.items()
-  }
-  state = run.abstract_state(optimizer, base)
-  cost = jax.jit(step).lower(state, base.frozen, batch).cost_analysis()
-  return (cost or {}).get('flops')
+    step = rest / max(sum(self._steps[1:]), 1)
+    return costs.Cost(first, rest, step, flops)

@@ -97,8 +97,7 @@ def test_prompt_from_a_string_is_that_string():
   vocabulary = vocabularies.bytes_vocabulary(0)
   init = initializers.FromString(TEXT, vocabulary)
   prompted = model(prompt_init=init)
-  embedding = prompted.embedding(frozen())
-  own = prompted.init_method(jax.random.PRNGKey(0), embedding)
+  own = prompted.init_method(jax.random.PRNGKey(0), frozen())
   trainable = {'method': partitioning.unbox(own), 'network': {}}
   text = helpers.random_batch(CONFIG)
   batch = helpers.with_prompt(text, prompted)
@@ -196,8 +195,7 @@ def test_each_task_has_its_own_rows():
 
 def test_tasks_start_apart():
   several = model(3, num_tasks=3)
-  embedding = several.embedding(frozen())
-  own = several.init_method(jax.random.PRNGKey(0), embedding)
+  own = several.init_method(jax.random.PRNGKey(0), frozen())
   own = np.asarray(partitioning.unbox(own)['prompt'])
   assert own.shape == (3, 3, D)
   assert not np.isin(own[0], own[1]).any() and not np.isin(own[1], own[2]).any()
@@ -229,8 +227,7 @@ def test_a_chain_of_prompts_is_one_long_prompt():
   chained = models.EncoderDecoderModel(CONFIG, method=chain)
   batch = helpers.with_prompt(helpers.random_batch(CONFIG), chained)
   rows = prompts(6, D)
-  embedding = chained.embedding(frozen())
-  own = chained.init_method(jax.random.PRNGKey(0), embedding)
+  own = chained.init_method(jax.random.PRNGKey(0), frozen())
   names = jax.tree.structure(partitioning.unbox(own))
   trainable = {
     'method': jax.tree.unflatten(names, [rows[:2], rows[2:]]),

@@ -44,16 +44,17 @@ def each(delta, kind):
 
 @pytest.mark.parametrize('owner', WHOSE)
 def test_projection_is_its_equation(owner):
-  """(x W + x A B) * scale + shift."""
-  kinds = ('low_rank', 'scale', 'shift')
+  """(x W + x W' + x A B) * scale + shift."""
+  kinds = ('low_rank', 'kernel', 'scale', 'shift')
   found = {kind: whose(kind, owner, seed=5) for kind in kinds}
   x = draw(B, 7, C.emb_dim)
   dense = layers.Dense(WIDTH, ('embed', 'mlp'))
   got, own = single(dense, found, x)
   per = {kind: each(found[kind], kind) for kind in kinds}
   for i, row in enumerate(np.asarray(x)):
-    (a, b), (scale,), (shift,) = (per[kind][i] for kind in kinds)
-    want = (row @ own['kernel'] + row @ a @ b) * scale + shift
+    (a, b), (more,), (scale,), (shift,) = (per[kind][i] for kind in kinds)
+    y = row @ (own['kernel'] + more) + row @ a @ b
+    want = y * scale + shift
     np.testing.assert_allclose(got[i], want, **CLOSE)
 
 
@@ -76,15 +77,107 @@ def test_a_row_that_is_not_there_is_nan():
 
 
 @pytest.mark.parametrize('owner', WHOSE)
-def test_bottleneck_is_its_equation(owner):
-  """Y + relu(y A) B, on what the sublayer gives without it."""
-  found = {'bottleneck': whose('bottleneck', owner)}
+@pytest.mark.parametrize('kind', ['bottleneck', 'parallel'])
+def test_adapter_is_its_equation(kind, owner):
+  """Y + f(z A + a) B + b, z the sublayer's output or, parallel, its input."""
+  found = {kind: whose(kind, owner)}
   x = draw(B, 7, C.emb_dim)
   plain, _ = single(layers.Mlp(C), {}, x)
   got, _ = single(layers.Mlp(C), found, x)
-  for i, (a, b) in enumerate(each(found['bottleneck'], 'bottleneck')):
-    want = plain[i] + np.maximum(plain[i] @ a, 0) @ b
-    np.testing.assert_allclose(got[i], want, **CLOSE)
+  for i, (a, a0, b, b0) in enumerate(each(found[kind], kind)):
+    if kind == 'bottleneck':
+      h = np.maximum(plain[i] @ a + a0, 0)
+    else:
+      h = np.asarray(x[i]) @ a + a0
+      h = h / (1 + np.exp(-h))
+    np.testing.assert_allclose(got[i], plain[i] + h @ b + b0, **CLOSE)
+
+
+def test_dropout_of_a_low_rank_is_of_its_input_alone():
+  """As many rows differ as are drawn; without an rng none are."""
+  x = draw(B, 7, C.emb_dim)
+  dense = layers.Dense(WIDTH, ('embed', 'mlp'))
+  own = dense.init(jax.random.PRNGKey(0), x)
+  delta = whose('low_rank', 'shared')
+  found = {'low_rank': dataclasses.replace(delta, dropout_rate=0.5)}
+  apply = functools.partial(
+    dense.apply, {**own, 'deltas': deltas.collection(found)}, x
+  )
+  plain = dense.apply({**own, 'deltas': {'low_rank': delta}}, x)
+  np.testing.assert_array_equal(apply(), plain)
+  many = [apply(rngs={'dropout': jax.random.PRNGKey(i)}) for i in range(400)]
+  assert np.abs(many[0] - many[1]).max() > 0.1
+  spread = np.std(many, axis=0).max() / np.sqrt(len(many))
+  np.testing.assert_allclose(np.mean(many, axis=0), plain, atol=5 * spread)
+
+
+@pytest.mark.parametrize('scan', [True, False], ids=['scan', 'loop'])
+def test_hidden_is_its_equation(scan):
+  """Of the last encoder layer: its input is replaced at some positions."""
+  config = dataclasses.replace(C, scan_layers=scan)
+  network = t5.T5(config)
+  encoder_tokens, _ = tokens()
+  value = draw(L, 2, C.emb_dim).at[:, 0].set(0)  # of nothing, of position 1
+  gate = jnp.ones((L, 2, 1)).at[-1, 1].set(0)
+  value = value.at[0].set(0)
+  where = jnp.zeros(encoder_tokens.shape, jnp.int32).at[:, 1].set(1)
+  if scan:
+    where = jnp.broadcast_to(where, (L, *where.shape))
+    found = {'encoder/layers/hidden': Routed((gate, value), where)}
+  else:
+    found = {
+      f'encoder/layers_{i}/hidden': Routed((gate[i], value[i]), where)
+      for i in range(L)
+    }
+
+  def last(laid):
+    _, state = network.apply(
+      {'params': params(scan), 'deltas': deltas.collection(laid)},
+      encoder_tokens,
+      method='encode',
+      mutable=['intermediates'],
+    )
+    hidden = state['intermediates']['encoder']
+    if scan:
+      return [np.asarray(x) for x in hidden['layers']['hidden']]
+    return [np.asarray(hidden[f'layers_{i}']['hidden']) for i in range(L)]
+
+  plain, got = last({}), last(found)
+  np.testing.assert_array_equal(plain[0], got[0])
+  # By hand: the last layer alone, on an input with that position replaced.
+  x = jnp.asarray(plain[0]).at[:, 1].set(value[-1, 1])
+  own = params(False)['encoder']
+  bias = attention.RelativePositionBias(C, bidirectional=True).apply(
+    {'params': own['relpos_bias']}, *2 * encoder_tokens.shape[1:]
+  )
+  mask = t5.encoder_mask(encoder_tokens, None, None)
+  want, _ = t5.EncoderLayer(C).apply(
+    {'params': own[f'layers_{L - 1}']}, x, bias, mask
+  )
+  np.testing.assert_allclose(got[-1], want, **CLOSE)
+
+
+def test_slots_that_precede_the_text_have_its_bias():
+  """Keys at -P, ..., -1, in the encoder's bias and in decoding's."""
+  own = params()['encoder']['relpos_bias']
+  for bidirectional in (True, False):
+    bias = attention.RelativePositionBias(C, bidirectional)
+    longer = bias.apply({'params': own}, 9, 9)
+    laid = {'params': own, 'deltas': {'preceding': Routed(jnp.zeros((1, 4)))}}
+    got = bias.apply(laid, 5, 5)
+    np.testing.assert_array_equal(got, longer[:, :, 4:])
+    step = bias.apply(laid, 1, 5, 3)
+    np.testing.assert_array_equal(step, longer[:, :, 7:8])
+
+
+def test_a_prefix_beside_one_that_precedes_is_refused():
+  x, mask = draw(B, 5, C.emb_dim), jnp.ones((B, 1, 5, 5), bool)
+  module = attention.Attention(C)
+  own = module.init(jax.random.PRNGKey(0), x, None, None, mask)
+  found = deltas.collection({'prefix': whose('prefix', 'shared')})
+  bias = draw(1, C.num_heads, 5, 7)  # of 2 slots, for a prefix of 3
+  with pytest.raises(ValueError, match='all must precede the text, or none'):
+    module.apply({**own, 'deltas': found}, x, None, bias, mask)
 
 
 @pytest.mark.parametrize('owner', WHOSE)

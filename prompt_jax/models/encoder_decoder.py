@@ -20,7 +20,6 @@ from prompt_jax import deltas
 from prompt_jax import losses
 from prompt_jax import train_state
 from prompt_jax.methods import base
-from prompt_jax.network import decoder_only
 from prompt_jax.network import t5
 from prompt_jax.network.layers import T5Config
 
@@ -84,16 +83,31 @@ class EncoderDecoderModel:
     """Shapes and axis names of the network's parameters."""
     return jax.eval_shape(self.init_network, jax.random.PRNGKey(0))
 
-  def context(self, embedding: Any) -> base.Context:
-    """What the method sees of the network."""
-    return base.context(self.config, self.abstract_network, embedding)
+  def context(self, params: Any, **fields: Any) -> base.Context:
+    """What the method sees of the network and, by `fields`, of a batch."""
+    return base.context(
+      self.config,
+      self.abstract_network,
+      params,
+      self.embedding(params),
+      **fields,
+    )
 
-  def init_method(self, rng: Any, embedding: Any) -> Any:
+  def init_method(self, rng: Any, params: Any) -> Any:
     """The method's parameters, with axis names; `{}` for a method of none."""
+    return self._init(rng, params).get('params', {})
+
+  def constants(self, params: Any) -> Any:
+    """What the method holds beside its parameters, not trained; mostly `{}`."""
+    rng = jax.random.PRNGKey(0)
+    if 'constants' not in jax.eval_shape(self._init, rng, params):
+      return {}
+    return self._init(rng, params)['constants']
+
+  def _init(self, rng: Any, params: Any) -> Any:
     if self.method is None:
       return {}
-    variables = self.method.init(rng, self.context(embedding))
-    return variables.get('params', {})
+    return self.method.init(rng, self.context(params))
 
   def split(self, params: Any) -> tuple[Any, Any]:
     """(trainable, frozen) parameters of the network."""
@@ -109,38 +123,75 @@ class EncoderDecoderModel:
     """The ids that the method sees as the input."""
     return batch['encoder_input_tokens']
 
-  def deltas(self, params: Any, trainable: Any, batch: Batch) -> deltas.Deltas:
-    """What the method lays on the network for this batch."""
+  def lay(
+    self, frozen: Any, trainable: Any, batch: Batch, rng: Any = None
+  ) -> tuple[Any, deltas.Deltas, Any]:
+    """Parameters, the deltas laid on them, and what the loss has on top."""
+    params = self.params(frozen, trainable)
     if self.method is None:
-      return {}
-    context = dataclasses.replace(
-      self.context(self.embedding(params)),
+      return params, {}, 0.0
+    context = self.context(
+      params,
       tokens=self.method_tokens(batch),
       task_ids=batch.get('task_ids'),
+      packed=any('segment_ids' in name for name in batch),
     )
-    found: Any = self.method.apply({'params': trainable['method']}, context)
-    return found
+    variables = {
+      'params': trainable['method'],
+      'constants': frozen.get('constants', {}),
+    }
+    laid, state = self.method.apply(
+      variables,
+      context,
+      rngs=None if rng is None else {'dropout': rng},
+      mutable=['losses'],
+    )
+    found: Any = laid
+    deltas.check(found, base.modules(self.abstract_network))
+    return params, found, sum(jax.tree.leaves(state), jnp.zeros(()))
+
+  def params(self, frozen: Any, trainable: Any) -> Any:
+    """All parameters of the network."""
+    network = {k: v for k, v in frozen.items() if k != 'constants'}
+    return train_state.merge(network, trainable['network'])
+
+  def method_deltas(
+    self, frozen: Any, trainable: Any, batch: Batch
+  ) -> deltas.Deltas:
+    """What the method lays on the network for this batch."""
+    return self.lay(frozen, trainable, batch)[1]
 
   def variables(
-    self, frozen: Any, trainable: Any, batch: Batch, beams: int = 1
+    self, frozen: Any, trainable: Any, batch: Batch
   ) -> dict[str, Any]:
     """The network's collections: parameters and deltas."""
-    params = train_state.merge(frozen, trainable['network'])
-    found = self.deltas(params, trainable, batch)
-    deltas.check(found, base.modules(self.abstract_network))
-    if beams > 1:
-      found = deltas.repeat(found, beams)
+    params, found, _ = self.lay(frozen, trainable, batch)
     return {'params': params, 'deltas': deltas.collection(found)}
 
   def logits(
     self, frozen: Any, trainable: Any, batch: Batch, rng: Any = None
   ) -> Any:
     """Logits [B, U, V]; with dropout if an rng is given."""
-    network = self.network.clone(deterministic=rng is None)
-    return network.apply(
-      self.variables(frozen, trainable, batch),
+    params, found, _ = self.lay(frozen, trainable, batch, rng)
+    return self.apply(params, found, batch, rng)
+
+  def apply(
+    self,
+    params: Any,
+    found: deltas.Deltas,
+    batch: Batch,
+    rng: Any = None,
+    **kwargs: Any,
+  ) -> Any:
+    """Logits of the network with these deltas; `kwargs` are of linen's apply.
+
+    With `mutable=['intermediates']`, beside them, the output of each layer.
+    """
+    return self.network.clone(deterministic=rng is None).apply(
+      {'params': params, 'deltas': deltas.collection(found)},
       *self._network_inputs(batch),
       rngs=None if rng is None else {'dropout': rng},
+      **kwargs,
     )
 
   def _network_inputs(self, batch: Batch) -> tuple[Any, ...]:
@@ -158,6 +209,7 @@ class EncoderDecoderModel:
     batch: Batch,
     rng: Any = None,
     loss_normalizing_factor: Any = None,
+    num_microbatches: int = 1,
   ) -> tuple[Any, dict[str, Any]]:
     """The training loss and sums over the batch for the metrics.
 
@@ -169,8 +221,11 @@ class EncoderDecoderModel:
       loss_normalizing_factor: what the sum over tokens is divided by; None
         for 1. The step computes it for the whole batch, so that microbatches
         add up to it.
+      num_microbatches: whose losses are added up: what the method adds to the
+        loss counts once.
     """
-    logits = self.logits(frozen, trainable, batch, rng)
+    params, found, penalty = self.lay(frozen, trainable, batch, rng)
+    logits = self.apply(params, found, batch, rng)
     targets = batch['decoder_target_tokens']
     weights = batch.get('decoder_loss_weights')
     loss, z_loss, weight_sum = losses.compute_weighted_cross_entropy(
@@ -190,7 +245,7 @@ class EncoderDecoderModel:
       'correct_tokens': jnp.sum(hits, dtype=jnp.float32),
       'target_tokens': jnp.sum(counted, dtype=jnp.float32),
     }
-    return loss, sums
+    return loss + penalty / num_microbatches, sums
 
   def score_batch(self, frozen: Any, trainable: Any, batch: Batch) -> Any:
     """Log-likelihood of each example's targets, EOS included, [B].
@@ -272,7 +327,8 @@ class EncoderDecoderModel:
     """
     forced = self._forced_tokens(batch)
     network = self.network.clone(decode_length=forced.shape[1])
-    one = self.variables(frozen, trainable, batch)
+    params, found, _ = self.lay(frozen, trainable, batch)
+    one = {'params': params, 'deltas': deltas.collection(found)}
     cache, inputs = self._fill_cache(network, one, batch)
     # Keys and values of the encoder are the same for all beams of an example,
     # so they are no part of the cache that beam search gathers.
@@ -280,14 +336,14 @@ class EncoderDecoderModel:
     shared = {k: v for k, v in flat.items() if _CROSS in k}
     own = {k: v for k, v in flat.items() if _CROSS not in k}
     axis = 1 if self.config.scan_layers else 0
-    many = self.variables(frozen, trainable, batch, beams=num_decodes)
+    many = deltas.collection(deltas.repeat(found, num_decodes))
     shared = decoding.expand_cache(shared, num_decodes, axis)
     inputs = decoding.expand_cache(inputs, num_decodes)
 
     def step(ids, position, own):
       cache = train_state.unflatten({**shared, **own})
       logits, changed = network.apply(
-        {**many, 'cache': cache},
+        {'params': params, 'deltas': many, 'cache': cache},
         *inputs,
         ids,
         position,
@@ -332,68 +388,3 @@ class EncoderDecoderModel:
     soft = soft.at[:, 0].set(True)  # the start token, 0
     lead = jnp.cumprod(soft.astype(jnp.int32), axis=1)
     return inputs * lead
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderOnlyModel(EncoderDecoderModel):
-  """A decoder-only language model with a method on it.
-
-  Shares everything with `EncoderDecoderModel` but the features that it reads.
-
-  Attributes:
-    inputs_bidirectional_attention: the inputs see each other in both
-      directions (a prefix language model); otherwise all is causal.
-  """
-
-  inputs_bidirectional_attention: bool = False
-
-  @functools.cached_property
-  def network(self) -> Any:
-    """The linen module, without dropout."""
-    return decoder_only.DecoderOnly(self.config)
-
-  def _dummy_inputs(self, one: np.ndarray) -> tuple[np.ndarray, ...]:
-    return (one,)
-
-  def embedding(self, params: Any) -> Any:
-    """The token embedding [V, D] of the network's parameters."""
-    return params['decoder']['token_embedder']['embedding']
-
-  def method_tokens(self, batch: Batch) -> Any:
-    """The ids that the method sees as the input."""
-    return batch['decoder_input_tokens']
-
-  def _network_inputs(self, batch: Batch) -> tuple[Any, ...]:
-    return (
-      batch['decoder_input_tokens'],
-      batch.get('decoder_segment_ids'),
-      self._causal_attention(batch),
-    )
-
-  def _fill_cache(
-    self, network: Any, variables: Any, batch: Batch
-  ) -> tuple[Any, tuple[Any, ...]]:
-    """Keys and values of the inputs, which see each other as in training."""
-    _, made = network.apply(
-      variables,
-      self._forced_tokens(batch),
-      self._causal_attention(batch),
-      method='prefill',
-      mutable=['cache'],
-    )
-    given = jnp.sum(batch['decoder_causal_attention'] > 0, axis=1)
-    return made['cache'], (given,)
-
-  def _given(self, batch: Batch) -> np.ndarray:
-    given = np.asarray(batch['decoder_causal_attention']) > 0
-    return np.sum(given, axis=1)
-
-  def _forced_tokens(self, batch: Batch) -> Any:
-    """The input part of the sequence, which the data side marks."""
-    given = batch['decoder_causal_attention'] > 0
-    return jnp.where(given, batch['decoder_input_tokens'], 0)
-
-  def _causal_attention(self, batch: Batch) -> Any:
-    if not self.inputs_bidirectional_attention:
-      return None
-    return batch.get('decoder_causal_attention')
