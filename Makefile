@@ -27,10 +27,10 @@ $(STAMP): setup.py pyproject.toml
 install: $(STAMP)  ## Makes .venv and installs the package and its tools.
 
 test: lint  ## Lint, types and all tests but the slow ones.
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 slow: $(STAMP)  ## The slow tests.
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
 lint: $(STAMP)  ## ruff and pyright.
 	$(BIN)/ruff check $(SOURCES)

@@ -1,4 +1,4 @@
-"""The command line: `prompt-jax train | eval | find_lr | study | ...`.
+"""The command line: `prompt-jax train | eval | export | study | ...`.
 
 Nothing heavy is imported before the arguments have been read, so that `--help`
 answers at once.
@@ -21,6 +21,7 @@ _COMMANDS = {
   'eval': ('infer.evaluate', 'metrics of a split'),
   'infer': ('infer.infer', 'decode the inputs of a split to a JSONL file'),
   'score': ('infer.score', "log-likelihoods of a split's targets and labels"),
+  'export': ('export.export', 'write a run as what is needed to use it'),
   'find_lr': ('finder.find_lr', 'try learning rates in short runs'),
 }
 
@@ -39,8 +40,9 @@ A new run:
 A learning rate for it: the same flags, with runs/find_lr.gin in place of
 runs/train.gin and a --model_dir for the plot:
   prompt-jax find_lr --gin_file=... --model_dir=/tmp/rates
-The directory of a run is enough for eval, infer and score:
+The directory of a run is enough for eval, infer, score and export:
   prompt-jax eval --model_dir=/tmp/run
+  prompt-jax export --model_dir=/tmp/run --output=/tmp/exported
 """
 
 
@@ -107,7 +109,7 @@ def _add_arguments(sub: argparse.ArgumentParser) -> None:
   trained = sub.add_argument_group('what to evaluate')
   trained.add_argument('--trainable', metavar='FILE', help='*.safetensors')
   trained.add_argument('--step', type=int, help='of a checkpoint of the run')
-  trained.add_argument('--output', metavar='FILE')
+  trained.add_argument('--output', metavar='FILE', help='export: directory')
   several = sub.add_argument_group('several processes')
   several.add_argument('--coordinator_address', metavar='HOST:PORT')
   several.add_argument('--num_processes', type=int)

@@ -42,6 +42,10 @@ def standard_logical_axis_rules() -> Rules:
     ('prompt', None),
     ('prompt_embed', None),
     ('task', None),
+    ('lora_rank', None),
+    ('adapter_mid', None),
+    ('prefix_len', None),
+    ('subspace', None),
     ('rank', None),
   )
 

@@ -276,6 +276,7 @@ class Run:
     base: Base,
     step: int,
     metrics: Mapping[str, Any],
+    **more: Any,
   ) -> None:
     """Writes the trained part, on the host, with its origin as a header."""
     header = {
@@ -289,6 +290,7 @@ class Run:
       'step': step,
       'metrics': metrics,
       'shapes': jax.tree.map(lambda x: list(x.shape), trainable),
+      **more,
     }
     checkpoints.save_trainable(path, trainable, header)
 

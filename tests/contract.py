@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from prompt_jax import gin_rules
@@ -29,12 +30,53 @@ LENGTHS = {'inputs': 8, 'targets': 6}
 ROWS, STEPS = 8, 3
 
 # Sizes of methods, by macro, that tests need not have as large as users do.
-SMALLER = {'PROMPT_LENGTH': 3}
+SMALLER = {
+  'PROMPT_LENGTH': 3,
+  'BOTTLENECK_DIM': 4,
+  'REDUCTION_FACTOR': 4,
+}
 
 # What is compared is computed alike, and is compiled much longer than it runs.
 jit = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}
 )
+
+
+METHODS = sorted(path.stem for path in FOLDER.glob('*.gin'))
+assert {'soft_prompt', 'fine_tune'} <= set(METHODS)
+
+# One of each kind of delta, and of what is no delta.
+ALWAYS = ('fine_tune', 'houlsby', 'ia3', 'lora', 'prefix_tuning', 'soft_prompt')
+
+
+def _each(thorough: bool) -> Any:
+  """A test of every method; of a method's tests all are in one process."""
+  out = []
+  for name in METHODS:
+    marks = [pytest.mark.xdist_group(name)]
+    if thorough and name not in ALWAYS:
+      marks.append(pytest.mark.slow)
+    out.append(pytest.param(name, marks=marks))
+  return pytest.mark.parametrize('name', out)
+
+
+every_method = _each(thorough=False)
+every_method_thoroughly = _each(thorough=True)
+
+
+def same_trees(got: Any, want: Any, **close: float) -> None:
+  """Compares trees leaf by leaf; exactly, if no tolerance is given."""
+  got, want = train_state.flatten(got), train_state.flatten(want)
+  assert got.keys() == want.keys()
+  for path in want:
+    if close:
+      np.testing.assert_allclose(got[path], want[path], **close, err_msg=path)
+    else:
+      np.testing.assert_array_equal(got[path], want[path], err_msg=path)
+
+
+def paths(trainable: Any) -> Any:
+  return train_state.flatten(trainable).keys()
 
 
 @dataclasses.dataclass(frozen=True)
