@@ -19,6 +19,7 @@ from prompt_jax import gin_rules
 from prompt_jax import gin_utils
 from prompt_jax import losses
 from prompt_jax import models
+from prompt_jax import optimizers
 from prompt_jax import partitioning
 from prompt_jax import run as run_lib
 from prompt_jax import train_state
@@ -32,8 +33,17 @@ ROWS, STEPS = 8, 3
 # Sizes of methods, by macro, that tests need not have as large as users do.
 SMALLER = {
   'PROMPT_LENGTH': 3,
+  'PREFIX_LENGTH': 3,
+  'PREFIX_MLP_DIM': 5,
+  'NUM_TASKS': 1,
+  'INTRINSIC_DIM': 40,
+  'DISCRETE_PROMPT': '(70, 71, 72)',
   'BOTTLENECK_DIM': 4,
   'REDUCTION_FACTOR': 4,
+  'RANK': 2,
+  'SUBSPACE_DIM': 3,
+  'DECODER_DIM': 7,
+  'LABEL_SMOOTHING': 0.0,
 }
 
 # What is compared is computed alike, and is compiled much longer than it runs.
@@ -97,13 +107,13 @@ class Setup:
     frozen = self.model.split(network)[1]
     return {**frozen, 'constants': constants} if constants else frozen
 
-  def start(self) -> train_state.TrainState:
+  def start(self, optimizer: Any = None) -> train_state.TrainState:
     """The state before the first step, on the host."""
     state = trainer.init_state(
       jax.random.PRNGKey(1),
       params(),
       model=self.model,
-      optimizer=self.optimizer,
+      optimizer=optimizer or self.optimizer,
     )
     return on_host(state)
 
@@ -115,7 +125,8 @@ class Setup:
     def move(x):
       return x + rng.normal(scale=0.05, size=x.shape).astype(x.dtype)
 
-    return jax.tree.map(move, self.start().trainable)
+    # Not the method's optimizer: of a chain, its patterns match no path.
+    return jax.tree.map(move, self.start(optimizers.sgd()).trainable)
 
   @functools.cached_property
   def batches(self) -> list[dict[str, np.ndarray]]:

@@ -17,6 +17,7 @@ import re
 import contract
 from contract import STEPS
 from contract import every_method
+from contract import every_method_thoroughly
 from contract import paths
 from contract import same_trees
 import helpers
@@ -71,7 +72,7 @@ def test_starts_at_the_frozen_model_where_its_header_says_so(name):
     assert np.abs(got - want).max() > 1e-3, 'then its header should say so'
 
 
-@every_method
+@every_method_thoroughly
 def test_only_trainables_move(name):
   s = contract.setup(name)
   before = contract.on_host(contract.params())
@@ -85,7 +86,7 @@ def test_only_trainables_move(name):
     assert x.dtype == np.float32 and (x != start[path]).any(), path
 
 
-@every_method
+@every_method_thoroughly
 def test_every_trainable_gets_a_gradient(name):
   s = contract.setup(name)
   _, found = s.unpacked
@@ -138,7 +139,7 @@ def test_no_gradient_of_a_frozen_leaf_is_formed(name):
 # ---- what becomes of it ----------------------------------------------------
 
 
-@every_method
+@every_method_thoroughly
 def test_saved_and_restored_is_never_stopped(name, tmp_path):
   s = contract.setup(name)
   saved, last = s.trajectory[-2][0], s.trajectory[-1][0]
@@ -157,7 +158,7 @@ def test_saved_and_restored_is_never_stopped(name, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, contract.on_host(going_on), last)
 
 
-@every_method
+@every_method_thoroughly
 def test_saved_parameters_are_what_was_trained(name, tmp_path):
   s = contract.setup(name)
   path = tmp_path / 'trainable.safetensors'
@@ -171,7 +172,7 @@ def test_saved_parameters_are_what_was_trained(name, tmp_path):
   np.testing.assert_array_equal(got, want)
 
 
-@every_method
+@every_method_thoroughly
 def test_exported_deltas_are_the_method(name, tmp_path):
   """What `prompt-jax export` writes needs nothing of the method."""
   s = contract.setup(name)

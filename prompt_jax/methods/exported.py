@@ -32,6 +32,7 @@ class Exported(nn.Module):
 
   Raises:
     CheckpointError: the file is not there, not whole, or no such export.
+    ValueError: packed rows, for prefixes that precede the text.
   """
 
   directory: str
@@ -46,6 +47,13 @@ class Exported(nn.Module):
   def __call__(self, context: base.Context) -> deltas.Deltas:
     """Lays the file's deltas on the network."""
     arrays, header = _read(self.directory)
+    if context.packed and any(
+      p.endswith('/preceding') for p in header['deltas']
+    ):
+      raise ValueError(
+        f'{self.directory}: prefixes that precede the text cannot be used on '
+        'packed rows, whose examples begin anywhere: take PACK = False.'
+      )
     found = base.params_at(
       self,
       {
