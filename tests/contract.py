@@ -9,6 +9,7 @@ import pathlib
 import re
 from typing import Any
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,8 +99,14 @@ class Setup:
   learning_rate_fn: Any
 
   @functools.cached_property
+  def network(self) -> Any:
+    """All parameters of the network, as its configuration stacks them."""
+    scanned = self.model.config.scan_layers
+    return params() if scanned else unrolled(params())
+
+  @functools.cached_property
   def frozen(self) -> Any:
-    return self.freeze(params())
+    return self.freeze(self.network)
 
   def freeze(self, network: Any) -> Any:
     """What is not trained: of the network, and the method's constants."""
@@ -111,7 +118,7 @@ class Setup:
     """The state before the first step, on the host."""
     state = trainer.init_state(
       jax.random.PRNGKey(1),
-      params(),
+      self.network,
       model=self.model,
       optimizer=optimizer or self.optimizer,
     )
@@ -212,6 +219,12 @@ def params():
   model = dataclasses.replace(setup('fine_tune').model, method=None)
   init = jit(model.init_network)
   return on_host(partitioning.unbox(init(jax.random.PRNGKey(0))))
+
+
+def unrolled(tree):
+  """Parameters as a network has them that does not scan its layers."""
+  flat = helpers.unstack_layers(train_state.flatten(tree))
+  return train_state.unflatten(flat)
 
 
 def on_host(tree):

@@ -64,7 +64,7 @@ def test_starts_at_the_frozen_model_where_its_header_says_so(name):
   s = contract.setup(name)
   bare = models.EncoderDecoderModel(s.model.config)
   plain = contract.convert(bare, contract.examples(0))
-  want = contract.jit(bare.logits)(contract.params(), helpers.NOTHING, plain)
+  want = contract.jit(bare.logits)(s.network, helpers.NOTHING, plain)
   got = s.logits(s.frozen, s.start().trainable, s.batches[0])
   if 'Starts at the frozen model.' in contract.header(name):
     np.testing.assert_allclose(got, want, **CLOSE)
@@ -75,9 +75,9 @@ def test_starts_at_the_frozen_model_where_its_header_says_so(name):
 @every_method_thoroughly
 def test_only_trainables_move(name):
   s = contract.setup(name)
-  before = contract.on_host(contract.params())
+  before = contract.on_host(s.network)
   (first, _), *_, (last, metrics) = s.trajectory
-  same_trees(contract.params(), before)
+  same_trees(s.network, before)
   same_trees(s.frozen, s.freeze(before))
   assert last.step == STEPS and metrics['finite']
   assert paths(last.trainable) == paths(first.trainable)
@@ -191,7 +191,7 @@ def test_exported_deltas_are_the_method(name, tmp_path):
   method = exported.Exported(str(tmp_path))
   model = dataclasses.replace(s.model, method=method)
   np.testing.assert_array_equal(model.soft_ids, s.model.soft_ids)
-  made = model.init_method(jax.random.PRNGKey(0), contract.params())
+  made = model.init_method(jax.random.PRNGKey(0), s.network)
   same_trees(partitioning.unbox(made), train_state.unflatten(arrays))
   got = dataclasses.replace(s, model=model).logits(
     s.frozen, {**own, 'method': partitioning.unbox(made)}, s.batches[0]

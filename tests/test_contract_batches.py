@@ -42,7 +42,7 @@ def test_mixed_batch_is_each_task_alone(name):
   assert s.model.method.num_tasks == 1
   method = s.model.method.clone(num_tasks=TASKS)
   together = dataclasses.replace(s.model, method=method)
-  boxed = together.init_method(jax.random.PRNGKey(0), contract.params())
+  boxed = together.init_method(jax.random.PRNGKey(0), s.network)
   own = dataclasses.replace(s, model=together).moved
   tasks = np.arange(ROWS) % TASKS
   texts = [
@@ -140,15 +140,11 @@ def test_cached_decoding_is_teacher_forcing(name):
 def test_scanned_layers_are_the_loop(name):
   s = contract.setup(name)
   model = contract.other(s, scan_layers=False)
-
-  def unrolled(tree):
-    flat = helpers.unstack_layers(train_state.flatten(tree))
-    return train_state.unflatten(flat)
-
-  _, frozen = model.split(unrolled(contract.params()))
-  moved = helpers.NOTHING | unrolled(s.moved)
+  network = contract.unrolled(s.network)
+  _, frozen = model.split(network)
+  moved = helpers.NOTHING | contract.unrolled(s.moved)
   loop = dataclasses.replace(s, model=model)
-  method = model.init_method(jax.random.PRNGKey(0), contract.params())
+  method = model.init_method(jax.random.PRNGKey(0), network)
   wanted = {**moved, 'method': partitioning.unbox(method)}
   checkpoints.check_shapes(moved, wanted, name)
   np.testing.assert_allclose(
@@ -172,7 +168,7 @@ def test_mesh_of_2x4_is_one_device(name):
   s = contract.setup(name)
   partitioner = partitioning.Partitioner(data=2, model=4)
   run = run_lib.Run(s.model, 'none', LENGTHS, partitioner=partitioner)
-  network, frozen = s.model.split(contract.params())
+  network, frozen = s.model.split(s.network)
   places = train_state.unflatten(run.network_shardings)
   frozen = jax.device_put(frozen, s.model.split(places)[1])
   state = s.start()
