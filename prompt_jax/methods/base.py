@@ -9,8 +9,12 @@ or patches the network.  Beside that it may
 -   hold arrays that are not trained in the collection `constants`
     (`self.variable('constants', name, read)`): they are made once, when the
     base is loaded, and are an argument of the step like the frozen weights;
--   add to the loss: `self.sow('losses', name, value)`;
+-   add to the loss: `self.sow('losses', name, value)`; or, where that needs the
+    network's outputs, by an attribute `auxiliary_loss` (see `mpt.py`), a mean
+    over target tokens;
 -   draw, in training only: `self.has_rng('dropout')` says whether.
+
+A method that is a network of its own beside the frozen one is a `SideNetwork`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +30,9 @@ import numpy as np
 
 from prompt_jax import deltas
 from prompt_jax.network.layers import T5Config
+
+# Parameters that a side network and the frozen one have in common.
+SHARED = re.compile(r'((decoder/)?token_embedder|decoder/logits_dense)/.*')
 
 
 @struct.dataclass
@@ -100,7 +107,7 @@ class Context:
         several examples, so they have none).
     """
     groups = jax.tree.leaves(table)[0].shape[len(layers)]
-    if groups == 1 or self.exporting:
+    if groups == 1 or self.exporting or self.tokens is None:
       return deltas.Routed(table)
     if self.task_ids is None:
       raise ValueError(
@@ -161,6 +168,58 @@ class Chain(nn.Module):
     for method in self.methods.values():
       out = deltas.combine(out, method(context))
     return out
+
+
+class SideNetwork(nn.Module):
+  """A method that is a second network, which reads the frozen one's states.
+
+  It lays nothing on the frozen network. The model runs that without a gradient,
+  then `network`, whose logits are the model's: a linen module with the methods
+  of the frozen one (its call, `encode`, `decode_step`, `prefill`), that take
+  the same arguments. It is given the collections
+
+  -   `params`: the method's parameters, and at their own paths the frozen
+      network's that `SHARED` matches, with their `deltas`;
+  -   `intermediates`: what `reads` takes of the frozen network's;
+  -   `cache`, while decoding: its own.
+  """
+
+  @nn.nowrap
+  def network(self, config: T5Config) -> Any:
+    """The second network, without a parent, for a frozen one of that config."""
+    raise NotImplementedError
+
+  @nn.nowrap
+  def reads(self, intermediates: Any) -> Any:
+    """Of 'encoder/layers/hidden' and the like, what the network looks at."""
+    return intermediates
+
+
+def side_network(method: Any) -> tuple[SideNetwork, tuple[str, ...]] | None:
+  """The side network in a method, and where its parameters are in the tree.
+
+  Raises:
+    ValueError: there are several.
+  """
+  found = _side_networks(method)
+  if len(found) > 1:
+    names = ', '.join('/'.join(path) for _, path in found)
+    raise ValueError(
+      f'Of the methods of a chain only one can be a side network, which makes '
+      f'the logits; {names} are.'
+    )
+  return found[0] if found else None
+
+
+def _side_networks(method: Any) -> list[tuple[SideNetwork, tuple[str, ...]]]:
+  if isinstance(method, SideNetwork):
+    return [(method, ())]
+  parts = method.methods if isinstance(method, Chain) else {}
+  return [
+    (side, (f'methods_{name}', *path))
+    for name, part in parts.items()
+    for side, path in _side_networks(part)
+  ]
 
 
 def _soft_tables(method: Any) -> list[tuple[int, int]]:

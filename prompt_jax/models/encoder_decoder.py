@@ -20,6 +20,7 @@ from prompt_jax import deltas
 from prompt_jax import losses
 from prompt_jax import train_state
 from prompt_jax.methods import base
+from prompt_jax.models import laddered
 from prompt_jax.network import t5
 from prompt_jax.network.layers import T5Config
 
@@ -62,6 +63,11 @@ class EncoderDecoderModel:
   def network(self) -> Any:
     """The linen module, without dropout."""
     return t5.T5(self.config)
+
+  @functools.cached_property
+  def _runs(self) -> Any:
+    """What is applied: the network, or a method's own beside it."""
+    return laddered.beside(self.network, self.config, self.method)
 
   @functools.cached_property
   def soft_ids(self) -> np.ndarray:
@@ -148,6 +154,7 @@ class EncoderDecoderModel:
     )
     found: Any = laid
     deltas.check(found, base.modules(self.abstract_network))
+    params = laddered.join(params, found, self.method, trainable)
     return params, found, sum(jax.tree.leaves(state), jnp.zeros(()))
 
   def params(self, frozen: Any, trainable: Any) -> Any:
@@ -183,11 +190,8 @@ class EncoderDecoderModel:
     rng: Any = None,
     **kwargs: Any,
   ) -> Any:
-    """Logits of the network with these deltas; `kwargs` are of linen's apply.
-
-    With `mutable=['intermediates']`, beside them, the output of each layer.
-    """
-    return self.network.clone(deterministic=rng is None).apply(
+    """Logits with these deltas; with `mutable=['intermediates']` all layers."""
+    return self._runs.clone(deterministic=rng is None).apply(
       {'params': params, 'deltas': deltas.collection(found)},
       *self._network_inputs(batch),
       rngs=None if rng is None else {'dropout': rng},
@@ -218,11 +222,9 @@ class EncoderDecoderModel:
       trainable: {'method': ..., 'network': ...}.
       batch: T5X's features; `decoder_loss_weights` weigh the tokens.
       rng: for dropout; None for none.
-      loss_normalizing_factor: what the sum over tokens is divided by; None
-        for 1. The step computes it for the whole batch, so that microbatches
-        add up to it.
-      num_microbatches: whose losses are added up: what the method adds to the
-        loss counts once.
+      loss_normalizing_factor: of the whole batch, not of a microbatch: what
+        the sum over tokens is divided by; None for 1.
+      num_microbatches: whose losses are added up; a penalty counts once.
     """
     params, found, penalty = self.lay(frozen, trainable, batch, rng)
     logits = self.apply(params, found, batch, rng)
@@ -236,6 +238,13 @@ class EncoderDecoderModel:
       z_loss=self.z_loss,
       loss_normalizing_factor=loss_normalizing_factor,
     )
+    penalty /= num_microbatches
+    if auxiliary := getattr(self.method, 'auxiliary_loss', None):
+      # The same forward pass, compiled once.
+      seen = self.apply(params, found, batch, rng, mutable=['intermediates'])
+      added = auxiliary(self, frozen, params, found, batch, seen) * weight_sum
+      factor = loss_normalizing_factor
+      penalty += added if factor is None else added / factor
     counted = targets > 0 if weights is None else weights > 0
     hits = (jnp.argmax(logits, axis=-1) == targets) & counted
     sums = {
@@ -245,7 +254,7 @@ class EncoderDecoderModel:
       'correct_tokens': jnp.sum(hits, dtype=jnp.float32),
       'target_tokens': jnp.sum(counted, dtype=jnp.float32),
     }
-    return loss + penalty / num_microbatches, sums
+    return loss + penalty, sums
 
   def score_batch(self, frozen: Any, trainable: Any, batch: Batch) -> Any:
     """Log-likelihood of each example's targets, EOS included, [B].
@@ -326,7 +335,7 @@ class EncoderDecoderModel:
       **decode_kwargs: of `decode_fn`; sampling needs `rng`.
     """
     forced = self._forced_tokens(batch)
-    network = self.network.clone(decode_length=forced.shape[1])
+    network = self._runs.clone(decode_length=forced.shape[1])
     params, found, _ = self.lay(frozen, trainable, batch)
     one = {'params': params, 'deltas': deltas.collection(found)}
     cache, inputs = self._fill_cache(network, one, batch)

@@ -100,7 +100,7 @@ def _sow_hidden(module: Any, x: Array) -> None:
   )
 
 
-def _run_layers(layer: Any, config: T5Config, length: int, x, *shared, **kw):
+def run_layers(layer: Any, config: T5Config, length: int, x, *shared, **kw):
   """X through `length` layers, scanned or in a loop; `shared` goes to all."""
   if config.remat_policy != 'none':
     layer = nn.remat(
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
     bias = attention.RelativePositionBias(
       c, bidirectional=True, name='relpos_bias'
     )(length, length)
-    x = _run_layers(
+    x = run_layers(
       EncoderLayer,
       c,
       c.num_encoder_layers,
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
     bias = attention.RelativePositionBias(
       c, bidirectional=False, name='relpos_bias'
     )(tokens.shape[1], mask.shape[-1], 0 if position is None else position)
-    x = _run_layers(
+    x = run_layers(
       DecoderLayer,
       c,
       c.num_decoder_layers,
