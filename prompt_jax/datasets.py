@@ -163,6 +163,12 @@ def find_task(name: str) -> seqio.Task | seqio.Mixture:
   names = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
   if name in names:
     return seqio.get_mixture_or_task(name)
+  own = re.match('pocket|docstrings', name)
+  if own and not any(other.startswith(own[0]) for other in names):
+    raise ValueError(
+      f'{name!r} is there for models with its vocabulary only: give '
+      f'--gin_file=models/{own[0]}_*.gin and no other of models/.'
+    )
   raise ValueError(
     f'No task or mixture is called {name!r}.{_near(name, names)} '
     f'{len(names)} are registered. GLUE and SuperGLUE are after '

@@ -47,6 +47,20 @@ def test_two_cells(directory, capsys):
   assert not any(x.startswith(('task', 'versions', 'steps')) for x in out)
 
 
+def test_histories_are_told_by_step(directory, tmp_path, capsys):
+  def studied(loss):
+    history = [[step, loss, 50.0] for step in range(100, 2000, 100)]
+    path = tmp_path / str(loss)
+    return edited(directory, path, lambda r: r | {'history': history})
+
+  cell = 'pretrain-d8-0'
+  compare(f'{studied(1.5)}:{cell}', f'{studied(1.0)}:{cell}')
+  out = lines(capsys)
+  assert out[3] == 'History'
+  assert out[6] == 'loss at step 100 1.5 1.0 -0.5'
+  assert out[-1] == '... and 9 more' and not any('metric' in x for x in out)
+
+
 def test_beginning_of_a_key_is_enough(directory, capsys):
   compare(f'{directory}:pretrain-d8', f'{directory}:pretrain-d8-0')
   assert lines(capsys)[-1] == 'No difference.'
@@ -99,7 +113,8 @@ def test_two_studies(directory, tmp_path, capsys):
   assert not any(x.startswith('soft_prompt') for x in out)
   assert 'RATE absent "1" 107 of 107' in out
   assert 'versions.jax ["0.10.2"] ["0.11.0"]' in out
-  assert 'wall_seconds (sum) 972 1070 +98' in out
+  # 108 and 107 cells, of which 12 each were one program.
+  assert 'wall_seconds (sum) 81 89.1667 +8.167' in out
 
 
 @pytest.mark.parametrize(
@@ -108,6 +123,7 @@ def test_two_studies(directory, tmp_path, capsys):
     ('{}:tune-soft', 'pretrain-d8', '48 cells of .* begin with .*more of the'),
     ('{}:pretain-d8-0', '{}', 'are a study and a cell'),
     ('{}:pretain-d8-0', 'x', 'Did you mean pretrain-d8-0'),
+    ('{}:', '{}:pretrain-d8', 'has no key after the colon'),
     ('{}/nowhere', '{}', 'nowhere.* is not a directory'),
     ('{}', 'pretrain-d8-0', 'is not a directory: expected'),
   ],

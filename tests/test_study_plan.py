@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import toy_study
 
+from prompt_jax.study import configurations
 from prompt_jax.study import plan
 from prompt_jax.study import workers
 
@@ -62,7 +63,7 @@ def test_contents_of_files_are_in_the_key(tmp_path):
 
   def keys(text):
     path.write_text(text)
-    plan._resolved.cache_clear()
+    configurations._resolved.cache_clear()
     return _keys(bindings={'TRAIN_DATA': str(path)})
 
   assert keys('a') == keys('a')
@@ -82,8 +83,19 @@ def test_jobs_share_base_and_shapes():
   methods = {**study.methods, 'soft_prompt': recipe}
   jobs = plan.jobs(toy_study.made(methods=methods))
   assert [len(job.cells) for job in jobs] == [3, 1, 2, 3, 1, 2]
+  # By itself: with checkpoints, so another configuration and key.
+  assert not any(job.alone for job in jobs)
+  recipe = dataclasses.replace(recipe, together=1)
+  methods = {**study.methods, 'soft_prompt': recipe}
+  found = plan.jobs(toy_study.made(methods=methods))
+  assert [job.alone for job in found] == [True] * 4 + [False] + [True] * 4 + [
+    False
+  ]
+  assert found[0].cells[0].gin_files[-1] == 'runs/study_alone.gin'
+  assert found[0].cells[0].key not in {c.key for job in jobs for c in job.cells}
   # Another prompt length is another program.
-  recipe = dataclasses.replace(recipe, grid={'PROMPT_LENGTH': (5, 20)})
+  grid = {'PROMPT_LENGTH': (5, 20)}
+  recipe = dataclasses.replace(recipe, grid=grid, together=3)
   methods = {**study.methods, 'soft_prompt': recipe}
   jobs = plan.jobs(toy_study.made(methods=methods))
   assert [len(job.cells) for job in jobs] == [2, 2, 2, 2, 2, 2]
@@ -149,6 +161,10 @@ def test_shards_are_all_of_it():
     (
       {'methods': {'fine_tune': plan.Recipe('', grid={'SEED': ()})}},
       'the grid of SEED is empty',
+    ),
+    (
+      {'methods': {'fine_tune': plan.Recipe('', together=0)}},
+      'fine_tune: together is to be at least 1, got 0',
     ),
     (
       {'methods': {'fine_tune': plan.Recipe('', grid={'SEED': 3})}},

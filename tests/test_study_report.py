@@ -188,7 +188,23 @@ def test_tables_of_bases_and_choices(three_bases):
     'LEARNING_RATE=0.3',
     '2',
     '58.0',
+    'tune-sof, tune-sof, tune-sof',  # keys here begin alike
   ] in rows
+
+
+def test_before_anything_is_tuned(tmp_path, capsys):
+  made_up_study.write(tmp_path)
+  path = tmp_path / 'results.jsonl'
+  bases = [x for x in path.read_text().splitlines() if 'pretrain-' in x[:20]]
+  for records, rows in (([], 0), (bases, 4)):
+    path.write_text(''.join(f'{x}\n' for x in records))
+    report.report(str(tmp_path))
+    out = capsys.readouterr().out
+    assert f'Nothing to score yet. {rows} of 108 cells are done' in out
+    assert not list(tmp_path.glob('*.png'))
+    text = (tmp_path / 'report.md').read_text()
+    assert text.count('| missing |') == 108 - rows
+    assert ('Pretrained models' in text) == bool(rows)
 
 
 # ---- pictures ----------------------------------------------------------------

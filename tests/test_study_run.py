@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import commands
 import pytest
 import toy_study
 
@@ -27,7 +28,11 @@ def start(file, folder, *flags):
   args = [sys.executable, '-m', 'prompt_jax.cli', 'study', str(file)]
   args += [f'--model_dir={folder}', '--workers=2', *flags]
   return subprocess.Popen(
-    args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    args,
+    env=commands.environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
   )
 
 
@@ -129,9 +134,10 @@ def test_workers_that_die_with_their_study(file, tmp_path):
 
 
 def test_shards_are_the_whole(file, whole, tmp_path):
-  for i in range(2):
-    out = finish(start(file, tmp_path, f'--shard={i}/2'))
-    assert 'cells are done' in out
+  out = finish(start(file, tmp_path, '--shard=0/2'))
+  assert f'9 of {toy_study.NUM_CELLS} cells are done, 7 missing' in out
+  out = finish(start(file, tmp_path, '--shard=1/2'))
+  assert f'{toy_study.NUM_CELLS} of {toy_study.NUM_CELLS} cells are done' in out
   assert_same(tmp_path, whole[0])
 
 
@@ -188,23 +194,43 @@ def test_study_that_names_what_is_not_there(file, tmp_path, capsys):
 
 
 def test_full_disk_loses_nothing(file, whole, tmp_path):
-  """With a limit on the size of files, which is an error of the same kind."""
-  data = (whole[0] / 'results.jsonl').read_bytes()
-  lines = data.splitlines(keepends=True)
-  kept = b''.join(lines[:8])
-  (tmp_path / 'results.jsonl').write_bytes(kept)
+  """With a limit on the size of files, which is an error of the same kind.
+
+  The ledger is the largest file by far, as it may be after many studies, and so
+  the only one that meets the limit.
+  """
+  path, lines = tmp_path / 'results.jsonl', toy_study.records(whole[0])
+  bases = [r for r in lines if r['stage'] == 'pretrain']
+  other = {**lines[0], 'key': 'other', 'error': 'x' * 2_000_000}
+  ledger.Ledger(path).append([other, *bases])
   os.symlink(whole[0] / 'bases', tmp_path / 'bases')
-  limit = max(len(kept) + 100, 60_000) // 1024 + 1
-  if len(data) <= limit * 1024:
-    pytest.skip('The whole ledger is smaller than any file of a run.')
-  shell = f'ulimit -f {limit}; exec "$@"'
+  before = path.read_bytes()
+  # Space for any one job, but not for all.
+  jobs = (whole[0] / 'results.jsonl').stat().st_size // 2
+  shell = f'ulimit -f {(len(before) + jobs) // 1024}; exec "$@"'
   args = [sys.executable, '-m', 'prompt_jax.cli', 'study', str(file)]
   args += [f'--model_dir={tmp_path}', '--workers=0']
   done = subprocess.run(
-    ['bash', '-c', shell, 'bash', *args], capture_output=True, text=True
+    ['bash', '-c', shell, 'bash', *args],
+    capture_output=True,
+    text=True,
+    env=commands.environment(),
   )
-  assert done.returncode == 1
-  assert (tmp_path / 'results.jsonl').read_bytes().startswith(kept)
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  last = done.stderr.splitlines()[-1]
+  assert f'prompt-jax study: {path} could not be written: ' in last
+  assert 'free some space and start the same command again' in last
+  # What was done is whole and kept, and nothing else is run again.
+  full = path.read_bytes()
+  assert full.startswith(before) and full.endswith(b'\n')
+  kept = results(tmp_path)
+  want = results(whole[0])
+  assert len(bases) < len(kept) - 1 < len(want)
+  out = finish(start(file, tmp_path))
+  assert f'{len(want) - len(kept) + 1} of {len(want)} cells to run' in out
+  assert path.read_bytes().startswith(full)
+  found = results(tmp_path)
+  assert {key: found[key] for key in want} == want
 
 
 def test_loading_is_quick_to_fail(file):

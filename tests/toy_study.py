@@ -38,7 +38,7 @@ plan.Study:
   pretraining = @pretraining/plan.Recipe()
   bindings = {
       'TASK_FEATURE_LENGTHS': {'inputs': 24, 'targets': 8},
-      'BATCH_SIZE': 8, 'EVAL_BATCH_SIZE': 21, 'DROPOUT_RATE': 0.0,
+      'BATCH_SIZE': 8, 'EVAL_BATCH_SIZE': 24, 'DROPOUT_RATE': 0.0,
       'TRAIN_DATA': 'train.jsonl', 'EVAL_DATA': 'dev.jsonl',
       'INPUTS': 'review: {text}', 'TARGETS': '{label}', 'LABELS': ('no', 'yes'),
       'evaluation.EvalConfig.decode': False,

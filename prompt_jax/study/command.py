@@ -6,7 +6,8 @@ The directory of a study holds
     study.json     the cells that are expected, for the report
     results.jsonl  the ledger: a line a cell
     bases/         pretrained models, a directory each
-    cells/         what was trained, a .safetensors a cell
+    cells/         what was trained, a .safetensors a cell; and a directory of
+                   each that trains by itself
     logs/          what the workers said
     claims/        locks
     curve.png, report.html, ...: the report
@@ -17,6 +18,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -25,12 +27,14 @@ from typing import Any
 import uuid
 
 from absl import logging
-import tabulate
 
 from prompt_jax import checkpoints
 from prompt_jax import gin_utils
+from prompt_jax import partitioning
 from prompt_jax.study import ledger
 from prompt_jax.study import plan
+from prompt_jax.study import processes
+from prompt_jax.study import progress as progress_lib
 from prompt_jax.study import published
 from prompt_jax.study import workers
 
@@ -63,7 +67,8 @@ def study(
     files: gin files; none: `study.gin` of the directory.
     flags: bindings over them.
     directory: of the study.
-    num_workers: processes; None: one a core; 0: this one.
+    num_workers: processes; None: one a core; 0: this one, which may be one of
+      several that run one program (`partitioning.initialize_distributed`).
     shard: 'i/n', to run a part only.
     runner: 'local', or 'slurm', which submits and does not wait.
     dry_run: only lists the cells, their costs, and what is done.
@@ -75,38 +80,43 @@ def study(
     plan.StudyError: the study cannot be what it says.
     LedgerError: the ledger cannot be read or written.
   """
-  files = files or [str(directory / 'study.gin')]
-  made = load(files, flags)
-  text = gin_utils.config_str()
+  own = workers.Shard.parse(shard or '0/1')
+  if (num_workers or 0) < 0:
+    raise plan.StudyError(f'--workers is to be 0 or more, got {num_workers}.')
+  if num_workers == 0 and not dry_run:
+    partitioning.initialize_distributed()
+  made = load(files or [_known(directory)], flags)
+  text = _source()
   jobs = plan.jobs(made)
-  part = workers.mine(jobs, workers.Shard.parse(shard or '0/1'))
+  part = workers.mine(jobs, own)
   if session is not None:
     workers.work(part, directory, session)
     return
   book = ledger.Ledger(directory / 'results.jsonl')
   if dry_run:
-    print(listing(made, part, book.latest()))
+    print(progress_lib.listing(made, part, book.latest()))
     return
   checkpoints.check_writable(str(directory))
+  if num_workers == 0 and not processes.is_first():
+    logging.set_verbosity(logging.WARNING)  # the first one does all the rest
+    workers.work(part, directory)
+    return
   _write(directory, made, jobs, text)
   _say_stale(jobs, book.latest())
-  command = [sys.executable, '-m', 'prompt_jax.cli', 'study']
-  command += [f'--model_dir={directory}', f'--shard={shard or "0/1"}']
   session = uuid.uuid4().hex[:8]
-  command += [f'--session={session}']
+  command = _worker(directory, shard, session)
   if runner == 'slurm':
     _submit(command, directory, num_workers or 1)
     return
   start = time.monotonic()
-  progress = _Progress(part, book)
-  cores = len(os.sched_getaffinity(0))
-  # No more processes than there can be work for at once.
-  count = min(cores if num_workers is None else num_workers, len(part))
+  progress = progress_lib.Progress(part, book)
   if progress.left == 0:
     logging.info('All %d cells are done.', progress.total)
-  elif count == 0:
+  if num_workers == 0:  # in any case: the other processes wait for a word
     workers.work(part, directory, session)
-  else:
+  elif progress.left:
+    cores = len(os.sched_getaffinity(0))
+    count = min(num_workers or cores, len(part))
     _run_local(command, directory, count, progress)
   _finish(made, part, book, directory, time.monotonic() - start)
 
@@ -121,13 +131,18 @@ def _finish(
   from prompt_jax.study import report
 
   found = book.latest()
-  report.report(str(directory))
-  print(f'\nWhere the time went ({seconds:.0f} s in all)\n')
-  print(_times(made, part, found))
   cells = [cell for job in part for cell in job.cells]
   bad = [c for c in cells if found.get(c.key, {}).get('status') != 'done']
+  try:
+    report.report(str(directory))
+  except checkpoints.CheckpointError as error:
+    if not bad:
+      raise
+    logging.error('No report: %s', error)  # what is below comes first
+  print(f'\nWhere the time went ({seconds:.0f} s in all)\n')
+  print(progress_lib.times(made, part, found))
   if bad:
-    first = found.get(bad[0].key, {}).get('error') or 'it was not run'
+    first = found.get(bad[0].key, {}).get('error') or 'it was not run.'
     raise StudyFailed(
       f'{len(bad)} of {len(cells)} cells are not done. The first, '
       f'{dict(bad[0].settings)}: {first} See {directory}/logs; the same '
@@ -136,6 +151,34 @@ def _finish(
 
 
 # ---- files -------------------------------------------------------------------
+
+
+def _known(directory: pathlib.Path) -> str:
+  """The study that a directory is of."""
+  path = directory / 'study.gin'
+  if not path.is_file():
+    raise plan.StudyError(
+      f'No study: give its gin file, e.g. studies/pocket.gin. Without one, '
+      f'--model_dir is to be the directory of a study, but {path} is not there.'
+    )
+  return str(path)
+
+
+def _source() -> str:
+  """What has been parsed, as a gin file that names all in the same order.
+
+  gin's own text would have dicts sorted, and so sizes, methods and jobs.
+  """
+  lines = gin_utils.config_str().splitlines()
+  imports = [x for x in lines if x.startswith(('from ', 'import '))]
+  # Values have modules in full.
+  imports += [
+    re.sub(r'^from (\S+) import (\w+)$', r'import \1.\2', line)
+    for line in imports
+    if '__gin__' not in line
+  ]
+  bound = [f'{b.key} = {b.value}' for b in gin_utils.resolved() if '.' in b.key]
+  return '\n'.join([*dict.fromkeys(imports), '', *bound, ''])
 
 
 def _write(
@@ -185,11 +228,20 @@ def _say_stale(
 # ---- processes ---------------------------------------------------------------
 
 
+def _worker(
+  directory: pathlib.Path, shard: str | None, session: str
+) -> list[str]:
+  """The command of a worker."""
+  command = [sys.executable, '-m', 'prompt_jax.cli', 'study']
+  command += [f'--model_dir={directory}', f'--shard={shard or "0/1"}']
+  return [*command, f'--session={session}']
+
+
 def _run_local(
   command: list[str],
   directory: pathlib.Path,
   count: int,
-  progress: '_Progress',
+  progress: progress_lib.Progress,
 ) -> None:
   """Starts workers and waits for them, showing what is done."""
   logging.info(
@@ -248,152 +300,3 @@ def _submit(command: list[str], directory: pathlib.Path, count: int) -> None:
     names,
     directory,
   )
-
-
-class _Progress:
-  """How much is done: a bar on a terminal, otherwise a line at each change."""
-
-  def __init__(self, part: Sequence[plan.Job], book: ledger.Ledger):
-    self._part, self._book = part, book
-    self.total = sum(len(job.cells) for job in part)
-    self._bar: Any = None
-    self._start = time.monotonic()
-    self._first = self._weight_done()
-    self._shown = self._count()
-
-  def _is_done(self, key: str, found: dict[str, ledger.Record]) -> bool:
-    return found.get(key, {}).get('status') == 'done'
-
-  def _count(self) -> int:
-    found = self._book.latest()
-    keys = [cell.key for job in self._part for cell in job.cells]
-    return sum(self._is_done(key, found) for key in keys)
-
-  def _weight_done(self) -> float:
-    found = self._book.latest()
-    weights = [
-      job.weight
-      for job in self._part
-      if all(self._is_done(cell.key, found) for cell in job.cells)
-    ]
-    return sum(weights) / sum(job.weight for job in self._part)
-
-  @property
-  def left(self) -> int:
-    """Cells that are not done."""
-    return self.total - self._count()
-
-  def __enter__(self) -> '_Progress':
-    if sys.stderr.isatty():
-      from tqdm import tqdm
-
-      self._bar = tqdm(total=self.total, initial=self._shown, unit='cell')
-    return self
-
-  def __exit__(self, *_: Any) -> None:
-    self.show()
-    if self._bar is not None:
-      self._bar.close()
-
-  def show(self) -> None:
-    """What is done by now, if that has changed."""
-    count = self._count()
-    if self._bar is not None:
-      self._bar.update(count - self._bar.n)
-      return
-    if count == self._shown:
-      return
-    self._shown = count
-    elapsed, done = time.monotonic() - self._start, self._weight_done()
-    rate = (done - self._first) / max(elapsed, 1e-9)
-    left = f'about {(1 - done) / rate:.0f} s left' if rate else 'time unknown'
-    logging.info(
-      '%d of %d cells done after %.0f s, %s', count, self.total, elapsed, left
-    )
-
-
-# ---- what is printed ---------------------------------------------------------
-
-
-def listing(
-  made: plan.Study,
-  part: Sequence[plan.Job],
-  found: dict[str, ledger.Record],
-) -> str:
-  """The cells of a study, a line a job, with what is known of their cost."""
-  total = sum(job.weight for job in part)
-  rows = []
-  for job in part:
-    cells = job.cells
-    states = [found.get(c.key, {}).get('status', 'missing') for c in cells]
-    seconds = [
-      found[c.key].get('cost', {}).get('wall_seconds')
-      for c in cells
-      if c.key in found
-    ]
-    known = [x for x in seconds if x is not None]
-    rows.append([
-      str(job),
-      len(cells),
-      states.count('done'),
-      states.count('failed'),
-      states.count('missing'),
-      f'{job.weight / total:.1%}',
-      f'{known[0]:.1f}' if known else '-',
-      _spread(cells),
-    ])  # fmt: skip
-  table = tabulate.tabulate(
-    rows,
-    ['job', 'cells', 'done', 'failed', 'missing', 'share of work', 's', 'over'],
-    disable_numparse=True,
-  )
-  expected = {c.key for job in part for c in job.cells}
-  done = sum(found.get(k, {}).get('status') == 'done' for k in expected)
-  stale = sum(key not in expected for key in found)
-  lines = [
-    f'{made.title}. {made.note}',
-    '',
-    table,
-    '',
-    f'{len(expected)} cells in {len(part)} jobs: {done} done, '
-    f'{len(expected) - done} to run. In the ledger, but not in this study or '
-    f'shard: {stale}.',
-  ]
-  return '\n'.join(lines)
-
-
-def _spread(cells: Sequence[plan.Cell]) -> str:
-  """In which settings the cells of a job differ, and in what."""
-  out = []
-  for name in cells[0].settings:
-    values = list(dict.fromkeys(c.settings[name] for c in cells))
-    if len(values) > 1:
-      out.append(f'{name}: {", ".join(map(str, values))}')
-  return '; '.join(out)
-
-
-def _times(
-  made: plan.Study,
-  part: Sequence[plan.Job],
-  found: dict[str, ledger.Record],
-) -> str:
-  """Seconds of process time, by kind of work and size."""
-  rows: dict[str, dict[str, float]] = {}
-  compiling: dict[str, float] = {}
-  for job in part:
-    cell = job.cells[0]
-    cost = found.get(cell.key, {}).get('cost', {})
-    kind = cell.settings.get('method', 'pretraining')
-    size = cell.settings['size']
-    row = rows.setdefault(kind, dict.fromkeys(made.sizes, 0.0))
-    row[size] += cost.get('wall_seconds') or 0.0
-    compiling[kind] = compiling.get(kind, 0.0) + (
-      cost.get('compile_seconds') or 0.0
-    )
-  table = [
-    [kind, *row.values(), sum(row.values()), compiling[kind]]
-    for kind, row in rows.items()
-  ]
-  sums = [sum(column) for column in list(zip(*table, strict=True))[1:]]
-  headers = ['seconds of a process', *made.sizes, 'all', 'before step 2']
-  return tabulate.tabulate([*table, ['all', *sums]], headers, floatfmt='.1f')

@@ -64,6 +64,11 @@ def _place(name: str, near: pathlib.Path | None) -> tuple[pathlib.Path, Any]:
   if pathlib.Path(name).is_dir():
     return pathlib.Path(name), None
   folder, colon, key = name.rpartition(':')
+  if colon and not key:
+    raise CompareError(
+      f'{name!r} has no key after the colon: expected DIR:KEY, or DIR alone '
+      'for the study.'
+    )
   if not folder and near is not None:
     return near, key
   if not colon or not pathlib.Path(folder).is_dir():
@@ -98,9 +103,11 @@ def _cells(a: Record, b: Record) -> list[tuple[str, str]]:
   """Titles and tables of what differs between two records."""
   sections = []
   names = [n for n in {**a, **b} if isinstance({**a, **b}[n], Mapping)]
-  plain = [{k: r[k] for k in r if k not in (*names, 'key')} for r in (a, b)]
+  apart = (*names, 'key', 'history')
+  plain = [{k: r[k] for k in r if k not in apart} for r in (a, b)]
   pairs = [('Record', *plain)]
   pairs += [(n.capitalize(), a.get(n, {}), b.get(n, {})) for n in names]
+  pairs.append(('History', _history(a), _history(b)))
   for title, first, second in pairs:
     flat = [ledger_lib.flatten(part) for part in (first, second)]
     differ = ledger_lib.differences(*flat)
@@ -109,8 +116,18 @@ def _cells(a: Record, b: Record) -> list[tuple[str, str]]:
         [name, x, y, _change(flat[0].get(name), flat[1].get(name))]
         for name, (x, y) in differ.items()
       ]
-      sections.append((title, _table(rows)))
+      most = _MOST if title == 'History' else len(rows)
+      more = f'\n... and {len(rows) - most} more' if len(rows) > most else ''
+      sections.append((title, _table(rows[:most]) + more))
   return sections
+
+
+def _history(record: Record) -> dict[str, Any]:
+  """The evaluations of a cell: loss and metric at each."""
+  out = {}
+  for step, loss, metric in record.get('history', []):
+    out |= {f'loss at step {step}': loss, f'metric at step {step}': metric}
+  return out
 
 
 def _change(a: Any, b: Any) -> str:
@@ -239,7 +256,10 @@ def _occurring(records: Iterable[Record]) -> dict[str, list[str]]:
 
 
 def _costs(a: Mapping[str, Record], b: Mapping[str, Record]) -> str:
-  """Sums, and the largest where a sum says nothing."""
+  """Sums, and the largest where a sum says nothing.
+
+  Seconds are of the program in which cells trained together: a share is each's.
+  """
   rows = []
   for name, total in (
     ('train_flops', sum),
@@ -249,8 +269,12 @@ def _costs(a: Mapping[str, Record], b: Mapping[str, Record]) -> str:
   ):
     values = []
     for side in (a, b):
-      costs = [r.get('cost', {}).get(name) for r in side.values()]
-      known = [cost for cost in costs if cost is not None]
+      costs = [r.get('cost', {}) for r in side.values()]
+      known = [
+        c[name] / (c.get('runs_together', 1) if 'seconds' in name else 1)
+        for c in costs
+        if c.get(name) is not None
+      ]
       values.append(total(known) if known else None)
     if values[0] != values[1]:
       texts = ['absent' if v is None else f'{v:.6g}' for v in values]

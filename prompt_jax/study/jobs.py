@@ -1,8 +1,9 @@
 """Runs a job of a study and says what came of it, as records of the ledger.
 
 Pretraining is a run like any other (`train.train`), in a directory of its own,
-and goes on there when it was stopped. Tuning runs train together and leave one
-`.safetensors` a cell. Not for choosing what to run (`workers.py`).
+and goes on there when it was stopped; so is a tuning run that trains alone.
+Other tuning runs train together. Each leaves one `.safetensors` a cell. Not for
+choosing what to run (`workers.py`).
 """
 
 from collections.abc import Mapping
@@ -17,12 +18,15 @@ import jax
 import numpy as np
 
 import prompt_jax
+from prompt_jax import checkpoints
 from prompt_jax import fingerprints
 from prompt_jax import gin_utils
 from prompt_jax import reporting
 from prompt_jax import run as run_lib
 from prompt_jax import train_state
+from prompt_jax.study import costs
 from prompt_jax.study import plan
+from prompt_jax.study import processes
 from prompt_jax.study import together
 from prompt_jax.study.ledger import Record
 
@@ -94,46 +98,59 @@ def _pretrain(cell: plan.Cell, directory: pathlib.Path) -> Record:
   start = time.monotonic()
   gin_utils.run('train.train')
   seconds = time.monotonic() - start
+  processes.barrier('pretrained')
   made: run_lib.Run = gin_utils.build('@run.Run()')
   lines = reporting.read_metrics(folder / 'metrics.jsonl')
-  rates = [x['steps_per_second'] for x in lines if x['split'] == 'train']
   steps = max(x['step'] for x in lines)
   found = {}
   for line in lines:  # the last evaluation counts
     if line['split'] != 'train' and line['step'] == steps:
       found[line['split']] = dict(tuple(line.items())[3:])
   file = folder / 'trainable.safetensors'
-  header = run_lib.checkpoints.load_trainable(str(file))[1]
+  header = checkpoints.load_trainable(str(file))[1]
   total, inner = _sizes(made)
-  step_seconds = 1 / float(np.median(rates))
+  flops = costs.flops_of_step(
+    made, *map(gin_utils.build, ('%OPTIMIZER', '%LEARNING_RATE_FN')),
+    batch_size=gin_utils.build('%BATCH_SIZE'), pack=gin_utils.build('%PACK'),
+  )  # fmt: skip
+  cost = costs.of_log(lines, seconds, flops and flops * steps)
   return {
     **_head(cell, 'done', None),
     'config': _config(),
     'metrics': found,
     'parameters': {'total': total, 'non_embedding': inner, 'trained': total},
-    'cost': {
-      'steps': steps,
-      'train_flops': None,
-      'step_seconds': step_seconds,
-      'train_seconds': steps * step_seconds,
-      'compile_seconds': max(seconds - steps * step_seconds, 0.0),
-      'trained_bytes': file.stat().st_size,
-    },
+    'cost': _cost(cost, steps) | {'trained_bytes': file.stat().st_size},
     'origin': _origin(made, header['base_digest']),
   }
 
 
 def _tune(job: plan.Job, directory: pathlib.Path) -> list[Record]:
-  first = job.cells[0]
   more = {}
-  if first.base is not None:
-    more['INITIAL_CHECKPOINT_PATH'] = str(base_path(directory, first.base))
+  base_key = job.cells[0].base
+  if base_key is not None:
+    more['INITIAL_CHECKPOINT_PATH'] = str(base_path(directory, base_key))
   configs = []
   for cell in reversed(job.cells):  # the first one's stays
+    if job.alone:
+      more['MODEL_DIR'] = str(directory / 'cells' / cell.key)
     gin_utils.parse(cell.gin_files, cell.flags(**more))
     configs.insert(0, _config())
-  rate = first.bindings.get('LEARNING_RATE')
-  members = [
+  if job.alone:
+    outcome, base, cost = gin_utils.run('alone.train')
+    outcomes = [outcome]
+  else:
+    members = _members(job)
+    outcomes, base, cost = gin_utils.run('together.train', members=members)
+  steps = int(gin_utils.build('%TRAIN_STEPS'))
+  return [
+    _tuned(directory, *one, base, _cost(cost, steps))
+    for one in zip(job.cells, configs, outcomes, strict=True)
+  ]
+
+
+def _members(job: plan.Job) -> list[together.Member]:
+  rate = job.cells[0].bindings.get('LEARNING_RATE')
+  return [
     together.Member(
       cell.bindings['MIXTURE_OR_TASK_NAME'],
       cell.bindings['SEED'],
@@ -141,46 +158,50 @@ def _tune(job: plan.Job, directory: pathlib.Path) -> list[Record]:
     )
     for cell in job.cells
   ]
-  outcomes, base, cost = gin_utils.run('together.train', members=members)
-  steps = int(gin_utils.build('%TRAIN_STEPS'))
-  folder = directory / 'cells'
-  folder.mkdir(parents=True, exist_ok=True)
-  total, inner = _sizes(outcomes[0].run)
-  out = []
-  for cell, config, one in zip(job.cells, configs, outcomes, strict=True):
-    if not one.finite:
-      error = (
-        'The loss, its gradient or its update was not finite: a lower '
-        'LEARNING_RATE may help.'
-      )
-      out.append({**_head(cell, 'failed', error), 'cost': {}, 'origin': {}})
-      continue
-    path = folder / f'{cell.key}.safetensors'
+
+
+def _tuned(
+  directory: pathlib.Path,
+  cell: plan.Cell,
+  config: dict[str, str],
+  one: together.Outcome,
+  base: run_lib.Base,
+  cost: Record,
+) -> Record:
+  """Writes what a cell has trained; its record."""
+  if not one.finite:
+    error = (
+      'The loss, its gradient or its update was not finite: a lower '
+      'LEARNING_RATE may help.'
+    )
+    return {**_head(cell, 'failed', error), 'cost': {}, 'origin': {}}
+  path = directory / 'cells' / f'{cell.key}.safetensors'
+  if processes.is_first():
+    path.parent.mkdir(parents=True, exist_ok=True)
     one.run.export(path, one.trainable, base, one.step, one.metrics)
-    flat = train_state.flatten(one.trainable)
-    trained = sum(int(np.size(x)) for x in flat.values())
-    out.append({
-      **_head(cell, 'done', None),
-      'config': config,
-      'metrics': dict(one.metrics),
-      'history': [list(x) for x in one.history],
-      'parameters': {
-        'total': total,
-        'non_embedding': inner,
-        'trained': trained,
-      },
-      'cost': {
-        'steps': steps,
-        'best_step': one.step,
-        'train_flops': cost.flops,
-        'step_seconds': cost.step_seconds,
-        'train_seconds': cost.train_seconds,
-        'compile_seconds': cost.compile_seconds,
-        'trained_bytes': path.stat().st_size if trained else 0,
-      },
-      'origin': _origin(one.run, fingerprints.digest(base.fingerprint)),
-    })  # fmt: skip
-  return out
+  total, inner = _sizes(one.run)
+  flat = train_state.flatten(one.trainable)
+  trained = sum(int(np.size(x)) for x in flat.values())
+  size = path.stat().st_size if trained and path.exists() else 0
+  return {
+    **_head(cell, 'done', None),
+    'config': config,
+    'metrics': dict(one.metrics),
+    'history': [list(x) for x in one.history],
+    'parameters': {'total': total, 'non_embedding': inner, 'trained': trained},
+    'cost': {**cost, 'best_step': one.step, 'trained_bytes': size},
+    'origin': _origin(one.run, fingerprints.digest(base.fingerprint)),
+  }
+
+
+def _cost(cost: costs.Cost, steps: int) -> Record:
+  return {
+    'steps': steps,
+    'train_flops': cost.flops,
+    'step_seconds': cost.step_seconds,
+    'train_seconds': cost.train_seconds,
+    'compile_seconds': cost.compile_seconds,
+  }
 
 
 def _config() -> dict[str, str]:

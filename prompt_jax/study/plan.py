@@ -17,8 +17,8 @@ import pathlib
 from typing import Any
 
 import prompt_jax
-from prompt_jax import gin_utils
 from prompt_jax.gin_rules import meant
+from prompt_jax.study import configurations
 from prompt_jax.study import published
 
 # What two runs of one program may differ in.
@@ -60,7 +60,8 @@ class Recipe:
     task_name: name of the seqio task, if it is not the task's own; '{name}' is
       that, and all settings may be filled in.
     seeds: if they are not the study's (a method that draws nothing needs one).
-    together: most runs to train as one program.
+    together: most runs to train as one program. 1: each trains by itself, saves
+      checkpoints, and goes on where it was stopped; for large models.
   """
 
   label: str
@@ -141,6 +142,10 @@ class Study:
         )
     for name, recipe in recipes.items():
       self._check_known(f'of_size of {name}', recipe.of_size, self.sizes)
+      if recipe.together < 1:
+        raise StudyError(
+          f'{name}: together is to be at least 1, got {recipe.together}.'
+        )
       for size in self.sizes:
         for key, values in recipe.at(size)[1].items():
           if isinstance(values, str) or not isinstance(values, Sequence):
@@ -184,7 +189,9 @@ class Cell:
   def flags(self, **more: Any) -> list[str]:
     """The bindings as `gin_utils.parse` takes them."""
     values = {**self.bindings, **more}
-    return [f'{name}={_text(value)}' for name, value in values.items()]
+    return [
+      f'{name}={configurations.text(value)}' for name, value in values.items()
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,15 +201,18 @@ class Job:
   Attributes:
     cells: one pretraining cell, or tuning cells of one base and one shape.
     weight: how long it takes, in no unit; the largest are begun first.
+    alone: whether it is one cell that trains by itself and goes on where it
+      was stopped.
   """
 
   cells: tuple[Cell, ...]
   weight: float
+  alone: bool = False
 
   @functools.cached_property
   def key(self) -> str:
     """Hash of the cells' keys."""
-    return _digest([cell.key for cell in self.cells])
+    return configurations.digest([cell.key for cell in self.cells])
 
   @property
   def base(self) -> str | None:
@@ -215,7 +225,7 @@ class Job:
       return f'pretraining of {s["size"]}, seed {s["base_seed"]}'
     return (
       f'{s["method"]} on {s["size"]}, base {s["base_seed"]}: '
-      f'{len(self.cells)} runs'
+      f'{len(self.cells)} run{"s" * (len(self.cells) > 1)}'
     )
 
 
@@ -258,10 +268,12 @@ def jobs(study: Study) -> list[Job]:
     first = group[0]
     recipe = study.methods.get(first.settings.get('method', ''))
     size = recipe.together if recipe else 1
-    weight = _weight(first)
+    shared = {k: v for k, v in first.bindings.items() if k not in _OF_MEMBERS}
+    weight = configurations.weight(first.gin_files, shared)
     for i in range(0, len(group), size):
       members = tuple(group[i : i + size])
-      out.append(Job(members, weight * len(members)))
+      alone = recipe is None or recipe.together == 1
+      out.append(Job(members, weight * len(members), alone))
   return out
 
 
@@ -286,6 +298,7 @@ def _tuning(
   if base is None:
     bindings['INITIAL_CHECKPOINT_PATH'] = study.checkpoints[size]
   files = (*study.sizes[size], *recipe.gin_files, *study.gin_files)
+  files += ('runs/study_alone.gin',) if recipe.together == 1 else ()
   seeds = study.seeds if recipe.seeds is None else recipe.seeds
   for values in itertools.product(*grid.values()):
     chosen = dict(zip(grid, values, strict=True))
@@ -322,32 +335,15 @@ def _cell(
   decisive = {
     'stage': stage,
     'settings': dict(settings),
-    'config': _resolved(files, tuple((k, _text(v)) for k, v in shared.items())),
+    'config': configurations.resolved(files, shared),
     'own': own,
     'base': base,
     'code': prompt_jax.__version__,
     'data': _data_fingerprint(tuple(study.task_files)),
   }
-  return Cell(_digest(decisive), stage, settings, files, bindings, base)
-
-
-@functools.cache
-def _resolved(
-  files: tuple[str, ...], bindings: tuple[tuple[str, str], ...]
-) -> dict[str, str]:
-  """Every value of a configuration, members' own ones left open."""
-  flags = [f'{k}={v}' for k, v in bindings]
-  gin_utils.parse(files, [*flags, "MIXTURE_OR_TASK_NAME=''"])
-  found = {b.key: _stable(b.value) for b in gin_utils.resolved()}
-  return {k: v for k, v in found.items() if k not in ('MODEL_DIR', 'OUTPUT')}
-
-
-def _stable(value: str) -> str:
-  """A value, or what is in the file that it names."""
-  path = pathlib.Path(value.strip('\'"'))
-  if len(value) < 4096 and '/' in value and path.is_file():
-    return 'file ' + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-  return value
+  return Cell(
+    configurations.digest(decisive), stage, settings, files, bindings, base
+  )
 
 
 @functools.cache
@@ -361,39 +357,3 @@ def _data_fingerprint(task_files: tuple[str, ...]) -> str:
   (folder,) = spec.submodule_search_locations
   text = b''.join((pathlib.Path(folder) / f).read_bytes() for f in task_files)
   return hashlib.sha256(text).hexdigest()[:16]
-
-
-def _weight(cell: Cell) -> float:
-  """Parameters x examples, roughly."""
-  found = {k.split('.')[-1]: v for k, v in _member_config(cell).items()}
-
-  def number(name: str) -> float:
-    try:
-      return float(found[name])
-    except (KeyError, ValueError):
-      return 1.0
-
-  layers = number('num_encoder_layers') + number('num_decoder_layers')
-  width = number('emb_dim')
-  size = layers * width * (4 * width + 3 * number('mlp_dim'))
-  # A step of a tiny model takes its time, too.
-  size += 120_000
-  return size * max(number('TRAIN_STEPS'), 20.0) * number('BATCH_SIZE')
-
-
-def _member_config(cell: Cell) -> dict[str, str]:
-  shared = {k: v for k, v in cell.bindings.items() if k not in _OF_MEMBERS}
-  texts = tuple((k, _text(v)) for k, v in shared.items())
-  return _resolved(cell.gin_files, texts)
-
-
-def _text(value: Any) -> str:
-  """A value as gin reads it."""
-  if isinstance(value, str) and value[:1] in ('@', '%'):
-    return value
-  return repr(value)
-
-
-def _digest(value: Any) -> str:
-  text = json.dumps(value, sort_keys=True, default=repr)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -104,18 +104,28 @@ def map_runs(function: Any, runs: Any, at_once: int | None = None) -> Any:
   return jax.lax.map(function, runs, batch_size=at_once)
 
 
+def known_labels(reader: evaluation.Evaluation, task: str) -> list[str]:
+  """The strings that a task's answers are chosen from.
+
+  Raises:
+    ValueError: it has none.
+  """
+  labels = reader.labels(task)
+  if not labels:
+    raise ValueError(
+      f'{task!r} has no labels to choose from: give RANK_LABELS, or --labels '
+      'with your own data.'
+    )
+  return labels
+
+
 def _rows(
   run: run_lib.Run, config: evaluation.EvalConfig
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
   """Every example with every label, [N * C, ...]; gold [N]; tokens [C]."""
   name = run.mixture_or_task_name
   reader = evaluation.Evaluation(run, config)
-  labels = reader.labels(name)
-  if not labels:
-    raise ValueError(
-      f'{name!r} has no labels to choose from: give RANK_LABELS, or --labels '
-      'with your own data.'
-    )
+  labels = known_labels(reader, name)
   tokens = reader.label_tokens(labels)
   parts, gold = [], []
   for rows, batch in reader.batches(name):

@@ -66,9 +66,10 @@ def write_report(directory: str) -> list[pathlib.Path]:
 
 def summary(results: Results) -> str:
   """The tables that are worth a terminal."""
+  if not results.choices:
+    return f'{results.study.title}\n\nNothing to score yet. {_count(results)}'
   shown = [tables.scores(results), tables.gaps(results)]
-  if results.choices:
-    shown.append(tables.closing(results))
+  shown.append(tables.closing(results))
   parts = [results.study.title]
   for table in shown:
     parts.append(f'{table.title}\n{table.text("simple")}\n{_fill(table.note)}')
@@ -102,6 +103,9 @@ def _tables(results: Results) -> list[tables.Table]:
   others = [
     tables.scores(results, None, metric) for metric in results.metrics[1:]
   ]
+  bases = tables.bases(results)
+  if not results.choices:
+    return [t for t in (bases,) if t.rows] + [tables.unfinished(results)]
   found = [
     tables.scores(results),
     tables.gaps(results),
@@ -109,7 +113,7 @@ def _tables(results: Results) -> list[tables.Table]:
     *tasks,
     *others,
     tables.budget(results),
-    tables.bases(results),
+    bases,
     tables.chosen(results),
   ]
   return [t for t in found if t.rows] + [tables.unfinished(results)]
@@ -135,8 +139,9 @@ def _has_plotly() -> bool:
 
 
 def _markdown(results: Results, found: Sequence[tables.Table]) -> str:
-  parts = [f'# {results.study.title}', plots.caption(results)]
+  parts = [f'# {results.study.title}']
   if results.choices:
+    parts += [plots.caption(results)]
     parts += ['![curve](curve.png)', '![tasks](tasks.png)']
   for table in found:
     parts.append(f'## {table.title}')

@@ -263,6 +263,7 @@ def chosen(results: Results) -> Table:
       settings(c.hyperparameters) or _NOTHING,
       str(c.tried),
       f'{c.validation:.1f}',
+      ', '.join(record['key'][:8] for record in c.records.values()),
     ]
     for c in results.choices
   ]
@@ -276,8 +277,13 @@ def chosen(results: Results) -> Table:
       'chosen',
       'tried',
       'validation',
+      'cells',
     ],
     rows=rows,
+    note=(
+      'Of each tuning seed the beginning of the key of its cell, for '
+      '`prompt-jax compare`; what it trained is in `cells/`.'
+    ),
   )
 
 

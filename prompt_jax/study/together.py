@@ -8,7 +8,7 @@ sweep over tasks, seeds and learning rates is one compilation. Each run sees the
 batches and draws the numbers that it would alone.
 
 Data stay on the devices, so this is for data sets that fit there. Not for one
-run, nor for large ones that must go on where they were stopped (`train.py`).
+run, nor for large ones that must go on where they were stopped (`alone.py`).
 """
 
 from collections.abc import Mapping, Sequence

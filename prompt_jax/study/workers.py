@@ -71,28 +71,67 @@ def work(
 ) -> None:
   """Runs jobs until none is left that could be run.
 
+  Several processes of one program (`processes.py`) run each job together.
+
   Args:
     jobs: all of the study or of a shard.
     directory: of the study.
     session: of workers that are started together: a job that has failed in a
       session is not tried again in it.
+
+  Raises:
+    StudyError: several processes, and cells that train together.
+    LedgerError: the ledger cannot be read or written.
   """
+  from prompt_jax.study import processes  # imports JAX
+
   session = session or uuid.uuid4().hex[:8]
   book = ledger.Ledger(directory / 'results.jsonl')
+  _check_alone(jobs)
+  while True:
+    with contextlib.ExitStack() as claims:
+      index = -1
+      if processes.is_first():
+        index = _next(jobs, directory, book, session, claims)
+      index = processes.agree(index)
+      if index < 0:
+        return
+      _run(jobs[index], directory, book, session)
+
+
+def _check_alone(jobs: list[plan.Job]) -> None:
+  import jax
+
+  count = jax.process_count()
+  for job in jobs:
+    if count > 1 and not job.alone:
+      raise plan.StudyError(
+        f'{count} processes run one program here, which trains one cell at a '
+        f'time, but there is {job}: give that recipe together = 1.'
+      )
+
+
+def _next(
+  jobs: list[plan.Job],
+  directory: pathlib.Path,
+  book: ledger.Ledger,
+  session: str,
+  claims: contextlib.ExitStack,
+) -> int:
+  """Waits for a job that can be run and claims it; -1 if none will come."""
   while True:
     state = _State(jobs, book.latest(), session)
     for job in state.ready:
-      with _claim(directory, job) as claimed:
-        # Another one may have finished it since.
-        if claimed and not _State([job], book.latest(), session).is_over(job):
-          _run(job, directory, book, session)
-          break
-    else:
-      if not state.ready and not state.waiting:
-        return
-      if not state.ready and not state.may_come:
-        return
-      time.sleep(_POLL_SECONDS)
+      claim = contextlib.ExitStack()
+      claimed = claim.enter_context(_claim(directory, job))
+      # Another one may have finished it since.
+      if claimed and not _State([job], book.latest(), session).is_over(job):
+        claims.push(claim)
+        return jobs.index(job)
+      claim.close()
+    if not state.ready and not (state.waiting and state.may_come):
+      return -1
+    time.sleep(_POLL_SECONDS)
 
 
 class _State:
@@ -144,6 +183,7 @@ def _run(
   job: plan.Job, directory: pathlib.Path, book: ledger.Ledger, session: str
 ) -> None:
   from prompt_jax.study import jobs as jobs_lib
+  from prompt_jax.study import processes
 
   logging.info('%s', job)
   start = time.monotonic()
@@ -158,6 +198,8 @@ def _run(
   for record in records:
     if record['status'] == _FAILED:
       record['origin']['session'] = session
+  if not processes.is_first():
+    return
   done = book.latest()
   # Cells that were done before, of a job that has grown since, stay as they
   # are.
