@@ -94,7 +94,7 @@ class SideEncoder(t5.Encoder, kw_only=True):
     bias = attention.RelativePositionBias(
       c, bidirectional=True, name='relpos_bias'
     )(length, length)
-    x = t5._run_layers(
+    x = t5.run_layers(
       SideEncoderLayer,
       c,
       c.num_encoder_layers,
@@ -139,7 +139,7 @@ class SideDecoder(t5.Decoder, kw_only=True):
     bias = attention.RelativePositionBias(
       c, bidirectional=False, name='relpos_bias'
     )(tokens.shape[1], mask.shape[-1], 0 if position is None else position)
-    x = t5._run_layers(
+    x = t5.run_layers(
       SideDecoderLayer,
       c,
       c.num_decoder_layers,
