@@ -21,6 +21,7 @@ _COMMANDS = {
   'eval': ('infer.evaluate', 'metrics of a split'),
   'infer': ('infer.infer', 'decode the inputs of a split to a JSONL file'),
   'score': ('infer.score', "log-likelihoods of a split's targets and labels"),
+  'ensemble': ('ensemble.ensemble', 'several runs of a method, by vote'),
   'export': ('export.export', 'write a run as what is needed to use it'),
   'find_lr': ('finder.find_lr', 'try learning rates in short runs'),
 }

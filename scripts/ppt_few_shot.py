@@ -1,0 +1,223 @@
+"""PPT on a small model: a prompt pretrained on text, then few examples.
+
+    python scripts/ppt_few_shot.py
+
+The sentences of a made-up language name two people, who are different in each,
+and a place. In a document all sentences have its place, and one of the people
+of a sentence is in the next. A model of width 32 learns to answer 'who : s1 X
+s2' and 'where : s1 X s2': do they share a person, or the place? A prompt is
+pretrained by `next_sentence` of `tasks/prompt_pretraining.py` on a file of
+documents. Then 32 pairs are to be told apart by whether they share a person,
+from that prompt and from one of sampled words.
+"""
+
+import argparse
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+from prompt_jax.tasks import prompt_pretraining
+import seqio
+import small_runs
+
+from prompt_jax import datasets
+from prompt_jax import vocabularies
+from prompt_jax.methods import initializers
+from prompt_jax.methods.soft_prompt import SoftPrompt
+from prompt_jax.network.layers import T5Config
+
+PEOPLE = [f'p{i}' for i in range(24)]
+PLACES = [f'at{i}' for i in range(12)]
+FILLERS = [f'f{i}' for i in range(20)]
+WORDS = ['no', 'maybe', 'yes', 'who', 'where', '?', '.', *PEOPLE, *PLACES,
+         *FILLERS]  # fmt: skip
+VOCABULARY = vocabularies.SoftTokenVocabulary(
+  vocabularies.WordVocabulary(WORDS, extra_ids=2)
+)
+CONFIG = T5Config(
+  vocab_size=VOCABULARY.vocab_size,
+  emb_dim=32,
+  num_heads=4,
+  head_dim=8,
+  mlp_dim=64,
+  num_encoder_layers=2,
+  num_decoder_layers=1,
+  relpos_num_buckets=16,
+  relpos_max_distance=48,
+)
+LENGTH, SHOTS, SENTENCES = 4, 32, 8
+_ID = {word: VOCABULARY.encode(word)[0] for word in WORDS}
+_X = VOCABULARY.vocab_size - 1
+
+
+def _sentence(rng: Any, people: Any, place: Any) -> np.ndarray:
+  """Ids of two people, a place and two fillers in some order, [n, 5]."""
+  fillers = rng.integers(len(FILLERS), size=(len(place), 2))
+  words = np.concatenate(
+    [_ID['p0'] + people, _ID['at0'] + place[:, None], _ID['f0'] + fillers], 1
+  )
+  return np.take_along_axis(words, rng.random(words.shape).argsort(1), 1)
+
+
+def pairs(
+  seed: int, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Two sentences each, and whether they share a person and the place."""
+  rng = np.random.default_rng(seed)
+  people = np.argsort(rng.random((count, len(PEOPLE))), axis=1)[:, :4]
+  same_who, same_where = rng.random((2, count)) < 0.5
+  place = rng.integers(len(PLACES), size=count)
+  other = (place + 1 + rng.integers(len(PLACES) - 1, size=count)) % len(PLACES)
+  third = np.where(same_who, people[:, 1], people[:, 2])
+  one = _sentence(rng, people[:, :2], place)
+  two = np.stack([third, people[:, 3]], axis=1)
+  two = _sentence(rng, two, np.where(same_where, place, other))
+  return one, two, same_who, same_where
+
+
+def _rows(parts: list[np.ndarray], words: np.ndarray) -> dict[str, np.ndarray]:
+  ends = np.full((len(words), 1), _X), np.full((len(words), 1), _X - 1)
+  targets = np.concatenate([ends[0], words[:, None], ends[1]], axis=1)
+  return small_runs.rows(np.concatenate(parts, axis=1), targets)
+
+
+def asked(seed: int, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """What the base is trained on, and which rows ask for a person."""
+  one, two, same_who, same_where = pairs(seed, count)
+  who = np.random.default_rng([seed, 1]).random(count) < 0.5
+  question = np.where(who, _ID['who'], _ID['where'])[:, None]
+  answers = np.where(np.where(who, same_who, same_where), _ID['yes'], _ID['no'])
+  x = np.full((count, 1), _X)
+  return _rows([question, one, x, two], answers), who
+
+
+def downstream(seed: int, count: int) -> dict[str, np.ndarray]:
+  """Do they share a person? In the format of `next_sentence`."""
+  one, two, same_who, _ = pairs(seed, count)
+  answers = np.where(same_who, _ID['yes'], _ID['no'])
+  return _rows([one, np.full((count, 1), _X), two], answers)
+
+
+def documents(seed: int, count: int) -> str:
+  """A file of documents, a sentence a line."""
+  rng = np.random.default_rng(seed)
+  out = []
+  for _ in range(count):
+    chain = rng.permutation(len(PEOPLE))[: SENTENCES + 1]
+    people = np.stack([chain[:-1], chain[1:]], axis=1)
+    place = np.full(SENTENCES, rng.integers(len(PLACES)))
+    found = _sentence(rng, people, place).tolist()
+    out.append('\n'.join(VOCABULARY.decode(row) for row in found))
+  return '\n\n'.join(out)
+
+
+def pretraining(folder: pathlib.Path, count: int) -> dict[str, Any]:
+  """The rows of both splits of the task made of such files."""
+  paths = {}
+  for seed, split in enumerate(('train', 'validation')):
+    paths[split] = folder / f'{split}.txt'
+    paths[split].write_text(documents(50 + seed, count))
+  data = prompt_pretraining.PretrainingText(
+    str(paths['train']), str(paths['validation']), max_inputs=16,
+    marks=('?', '.', 'who'), sentence_per_line=True,
+  )  # fmt: skip
+  data.register('ppt_few_shot', VOCABULARY)
+  out = {}
+  for split in paths:
+    ds = datasets.find_task('ppt_few_shot').get_dataset(
+      {'inputs': 16, 'targets': 3}, split, shuffle=False,
+      try_in_mem_cache=False,
+    )  # fmt: skip
+    found = next(iter(ds.batch(1 << 20).as_numpy_iterator()))
+    out[split] = small_runs.rows(found['inputs'], found['targets'])
+  seqio.TaskRegistry.remove('ppt_few_shot')
+  return out
+
+
+class Experiment:
+  """The base and the pretrained prompt."""
+
+  def __init__(
+    self, base: int = 2000, prompt: int = 1000, num_documents: int = 2000
+  ):
+    recipe = {'learning_rate': 0.003, 'batch_size': 64}
+    data, _ = asked(1, 60_000)
+    self.base = small_runs.base(CONFIG, data, steps=base, **recipe)
+    self.test = downstream(9, 4000)
+    with tempfile.TemporaryDirectory() as folder:
+      data = pretraining(pathlib.Path(folder), num_documents)
+    self.model = small_runs.model(
+      CONFIG, SoftPrompt(LENGTH, 1, initializers.SampledVocab())
+    )
+    self.pretrained, _ = small_runs.fit(
+      self.model, self.base, self.base,
+      small_runs.prompted(self.model, data['train']),
+      steps=prompt, learning_rate=0.1, batch_size=64,
+    )  # fmt: skip
+    self.accuracy = self._accuracy(self.pretrained, data['validation'])
+    kinds = data['validation']['decoder_target_tokens'][:, 1]
+    self.shares = [float(np.mean(kinds == _ID[w])) for w in WORDS[:3]]
+
+  def _accuracy(self, found: Any, data: Any) -> float:
+    batch = small_runs.prompted(self.model, data)
+    right = small_runs.right(self.model, self.base, found, batch, 1)
+    return 100 * float(right.mean())
+
+  def few_shot(self, seed: int, pretrained: bool) -> float:
+    """Accuracy in per cent after tuning on 32 pairs, from either start."""
+    data = small_runs.prompted(self.model, downstream(100 + seed, SHOTS))
+    found, _ = small_runs.fit(
+      self.model,
+      self.base,
+      self.base,
+      data,
+      steps=100,
+      learning_rate=0.05,
+      batch_size=16,
+      seed=seed,
+      start=self.pretrained if pretrained else None,
+      weight_decay=1e-2,
+      global_norm_clip_threshold=1.0,
+    )
+    return self._accuracy(found, self.test)
+
+
+def main() -> None:
+  """Trains, prints and writes."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--output', default='docs/results/ppt')
+  parser.add_argument('--seeds', type=int, default=5)
+  args = parser.parse_args()
+  output = pathlib.Path(args.output)
+  output.mkdir(parents=True, exist_ok=True)
+  start = time.monotonic()
+  experiment = Experiment()
+  table = [
+    '| start of the prompt | mean | of each seed |',
+    '| --- | --- | --- |',
+  ]
+  for name, pretrained in (('pretrained', True), ('sampled words', False)):
+    found = [experiment.few_shot(s, pretrained) for s in range(args.seeds)]
+    each = ', '.join(f'{x:.1f}' for x in found)
+    table.append(f'| {name} | {np.mean(found):.1f} | {each} |')
+  shares = ', '.join(f'{100 * x:.0f} %' for x in experiment.shares)
+  text = (__doc__ or '').split('\n\n')[2]
+  held_out = (
+    f'Accuracy of the pretrained prompt on held-out documents: '
+    f'{experiment.accuracy:.1f} % (shares of the three classes: {shares}).'
+  )
+  after = (
+    f'Accuracy downstream after tuning on {SHOTS} pairs, in per cent; chance '
+    'is 50:'
+  )
+  lines = ['# PPT on a small model', '', text, '', held_out, '', after, '']
+  lines += table
+  (output / 'README.md').write_text('\n'.join(lines) + '\n')
+  print('\n'.join(lines))
+  print(f'{time.monotonic() - start:.0f} s')
+
+
+if __name__ == '__main__':
+  main()
