@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import dataclasses
 import pathlib
 import tempfile
-import time
 from typing import Any
 
 import jax
@@ -153,44 +152,58 @@ def _only(
   return {k: x[keep] for k, x in data.items()}, number[tasks][keep]
 
 
-def main() -> None:
-  """Trains, prints and draws."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--output', default='docs/results/ipt')
-  parser.add_argument('--dimensions', default='2,5,10,32')
-  args = parser.parse_args()
-  output = pathlib.Path(args.output)
-  output.mkdir(parents=True, exist_ok=True)
-  start = time.monotonic()
-  experiment = Experiment()
-  found, decoded, random = [], [], []
+def compare(
+  experiment: Experiment, dimensions: Sequence[int]
+) -> dict[str, list[recovery.Recovery]]:
+  """What is recovered at each dimension, by the title of its table."""
+  decoded, tuned, random = [], [], []
+  reference = experiment.tuned
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
-    for dimension in map(int, args.dimensions.split(',')):
-      scores = experiment.subspace(dimension, folder)
-      decoded.append(recovery.compare(scores, experiment.tuned, dimension))
-      path = str(folder / f'{dimension}.safetensors')
-      for kind, where in ((found, path), (random, None)):
-        scores = experiment.numbers(dimension, where)
-        kind.append(
-          recovery.compare(scores, experiment.tuned, dimension, UNSEEN)
-        )
+    for k in dimensions:
+      scores = experiment.subspace(k, folder)
+      decoded.append(recovery.compare(scores, reference, k))
+      for kind, path in (
+        (tuned, str(folder / f'{k}.safetensors')),
+        (random, None),
+      ):
+        scores = experiment.numbers(k, path)
+        kind.append(recovery.compare(scores, reference, k, UNSEEN))
       jax.clear_caches()
-      print(f'{dimension}: {time.monotonic() - start:.0f} s', flush=True)
+  return {
+    'Decoded prompts of the subspace': decoded,
+    'Tuned numbers, decoder of the subspace': tuned,
+    'Tuned numbers, random decoder': random,
+  }
+
+
+def write(
+  found: dict[str, list[recovery.Recovery]], output: pathlib.Path
+) -> None:
+  """Tables and the picture."""
+  output.mkdir(parents=True, exist_ok=True)
   lines = ['# IPT on a pocket model', '', (__doc__ or '').split('\n\n')[2], '']
-  for title, results in (
-    ('Decoded prompts of the subspace', decoded),
-    ('Tuned numbers, decoder of the subspace', found),
-    ('Tuned numbers, random decoder', random),
-  ):
+  for title, results in found.items():
     table = recovery.table(results, 'accuracy')
     lines += [f'## {title}', '', '```', table, '```', '']
   chance = ', '.join(f'{a} {100 * x:.1f}' for a, x in CHANCE.items())
   lines.append(f'Chance is {chance}. One seed.')
   (output / 'README.md').write_text('\n'.join(lines) + '\n')
-  figure = recovery.draw(found, 'accuracy', {'random decoder': random})
+  _, tuned, random = found.values()
+  figure = recovery.draw(tuned, 'accuracy', {'random decoder': random})
   plots.save(figure, [output / 'recovery.png'])
-  print('\n'.join(lines))
+
+
+def main() -> None:
+  """Trains, writes and prints."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--output', default='docs/results/ipt')
+  parser.add_argument('--dimensions', default='2,5,10,32')
+  args = parser.parse_args()
+  output = pathlib.Path(args.output)
+  dimensions = [int(k) for k in args.dimensions.split(',')]
+  write(compare(Experiment(), dimensions), output)
+  print((output / 'README.md').read_text())
 
 
 if __name__ == '__main__':

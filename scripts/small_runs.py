@@ -18,7 +18,8 @@ from prompt_jax import schedules
 from prompt_jax import trainer
 from prompt_jax.network.layers import T5Config
 
-NOTHING: dict[str, Any] = {'method': {}, 'network': {}}
+# Also in tests, which elsewhere compile without optimizing.
+_FAST = {'xla_backend_optimization_level': 3}
 
 
 def model(config: T5Config, method: Any = None, **fields: Any) -> Any:
@@ -114,9 +115,8 @@ def _program(
   step = functools.partial(
     trainer.train_step, model=of, optimizer=optimizer, learning_rate_fn=rate
   )
-  return optimizer, jax.jit(
-    functools.partial(trainer.train_steps, step_fn=step)
-  )
+  many = functools.partial(trainer.train_steps, step_fn=step)
+  return optimizer, jax.jit(many, compiler_options=_FAST)
 
 
 def base(config: T5Config, data: Any, **recipe: Any) -> Any:

@@ -1,0 +1,54 @@
+"""IPT and PPT learn: the experiments in scripts/, made short."""
+
+import pathlib
+import sys
+
+import pytest
+
+SCRIPTS = pathlib.Path(__file__).parent.parent / 'scripts'
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+  """Their imports of each other work."""
+  monkeypatch.syspath_prepend(str(SCRIPTS))
+  yield
+  for name in ('small_runs', 'ipt_recovery', 'ppt_few_shot'):
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.slow
+def test_ten_numbers_recover_most_of_prompt_tuning(scripts, tmp_path):
+  import ipt_recovery  # pyright: ignore
+
+  steps = ipt_recovery.Steps(1500, 800, 400, 400)
+  experiment = ipt_recovery.Experiment(steps)
+  # What there is to recover: most attributes are answered.
+  solved = [a for a, x in experiment.tuned.items() if x > 95]
+  assert len(solved) >= 5, experiment.tuned
+  found = ipt_recovery.compare(experiment, [10])
+  [decoded], [tuned], [random] = found.values()
+  print(*((r.relative('seen'), r.ratios) for r in (decoded, tuned, random)),
+        sep='\n')  # fmt: skip
+  assert decoded.relative() > 0.95  # stage 1: six prompts in ten numbers
+  assert tuned.relative('seen') > 0.8  # stage 2, from small numbers
+  assert tuned.relative('seen') > random.relative('seen') + 0.2
+  ipt_recovery.write(found, tmp_path)
+  assert (tmp_path / 'recovery.png').stat().st_size > 10_000
+  assert 'E_rel unseen' in (tmp_path / 'README.md').read_text()
+
+
+@pytest.mark.slow
+def test_a_pretrained_prompt_needs_few_examples(scripts):
+  import ppt_few_shot  # pyright: ignore
+
+  experiment = ppt_few_shot.Experiment(2000, 600, 1000)
+  print(experiment.accuracy, experiment.shares)
+  # Three classes, each a third; documents that no prompt was tuned on.
+  assert experiment.accuracy > 80
+  assert max(abs(share - 1 / 3) for share in experiment.shares) < 0.03
+  seeds = range(3)
+  pretrained = [experiment.few_shot(s, True) for s in seeds]
+  words = [experiment.few_shot(s, False) for s in seeds]
+  print(pretrained, words)
+  assert min(pretrained) > max(words) + 5
