@@ -4,11 +4,13 @@
 
 The sentences of a made-up language name two people, who are different in each,
 and a place. In a document all sentences have its place, and one of the people
-of a sentence is in the next. A model of width 32 learns to answer 'who : s1 X
-s2' and 'where : s1 X s2': do they share a person, or the place? A prompt is
-pretrained by `next_sentence` of `tasks/prompt_pretraining.py` on a file of
-documents. Then 32 pairs are to be told apart by whether they share a person,
-from that prompt and from one of sampled words.
+of a sentence is in the next. A model of width 32 learns to answer three
+questions about two sentences, 'who' and 'where' (is one the same: no or yes)
+and 'how' (which are: neither, the place, a person, both), in one of three sets
+of words that the question names; 'how' never with the words no, maybe, part,
+yes. A prompt is pretrained by `next_sentence` of `tasks/prompt_pretraining.py`
+on a file of documents. Then 32 pairs are to be told apart by whether they share
+a person, from that prompt and from one of sampled words.
 """
 
 import argparse
@@ -31,8 +33,16 @@ from prompt_jax.network.layers import T5Config
 PEOPLE = [f'p{i}' for i in range(24)]
 PLACES = [f'at{i}' for i in range(12)]
 FILLERS = [f'f{i}' for i in range(20)]
-WORDS = ['no', 'maybe', 'yes', 'who', 'where', '?', '.', *PEOPLE, *PLACES,
-         *FILLERS]  # fmt: skip
+# Answers: neither, the place, a person, both; and the name of such a set.
+ANSWERS = [
+  'no maybe part yes answer0'.split(),
+  'none where_too who_too all answer1'.split(),
+  'zero one two three answer2'.split(),
+]
+WORDS = [
+  *[w for row in ANSWERS for w in row], *'who where how ? .'.split(),
+  *PEOPLE, *PLACES, *FILLERS,
+]  # fmt: skip
 VOCABULARY = vocabularies.SoftTokenVocabulary(
   vocabularies.WordVocabulary(WORDS, extra_ids=2)
 )
@@ -83,14 +93,18 @@ def _rows(parts: list[np.ndarray], words: np.ndarray) -> dict[str, np.ndarray]:
   return small_runs.rows(np.concatenate(parts, axis=1), targets)
 
 
-def asked(seed: int, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """What the base is trained on, and which rows ask for a person."""
-  one, two, same_who, same_where = pairs(seed, count)
-  who = np.random.default_rng([seed, 1]).random(count) < 0.5
-  question = np.where(who, _ID['who'], _ID['where'])[:, None]
-  answers = np.where(np.where(who, same_who, same_where), _ID['yes'], _ID['no'])
+def asked(seed: int, count: int) -> dict[str, np.ndarray]:
+  """What the base is trained on."""
+  one, two, who, where = pairs(seed, count)
+  rng = np.random.default_rng([seed, 1])
+  question = rng.integers(3, size=count)
+  words = rng.integers(question == 2, 3)  # never the first set for 'how'
+  place = np.stack([3 * who, 3 * where, 2 * who + where])
+  place = place[question, np.arange(count)]
+  ids = np.array([[_ID[w] for w in row] for row in ANSWERS])
+  asked = np.stack([_ID['who'] + question, ids[words, 4]], axis=1)
   x = np.full((count, 1), _X)
-  return _rows([question, one, x, two], answers), who
+  return _rows([asked, one, x, two], ids[words, place])
 
 
 def downstream(seed: int, count: int) -> dict[str, np.ndarray]:
@@ -140,10 +154,10 @@ class Experiment:
   """The base and the pretrained prompt."""
 
   def __init__(
-    self, base: int = 2000, prompt: int = 1000, num_documents: int = 2000
+    self, base: int = 6000, prompt: int = 1000, num_documents: int = 2000
   ):
     recipe = {'learning_rate': 0.003, 'batch_size': 64}
-    data, _ = asked(1, 60_000)
+    data = asked(1, 60_000)
     self.base = small_runs.base(CONFIG, data, steps=base, **recipe)
     self.test = downstream(9, 4000)
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +172,9 @@ class Experiment:
     )  # fmt: skip
     self.accuracy = self._accuracy(self.pretrained, data['validation'])
     kinds = data['validation']['decoder_target_tokens'][:, 1]
-    self.shares = [float(np.mean(kinds == _ID[w])) for w in WORDS[:3]]
+    self.shares = [
+      float(np.mean(kinds == _ID[w])) for w in ('no', 'maybe', 'yes')
+    ]
 
   def _accuracy(self, found: Any, data: Any) -> float:
     batch = small_runs.prompted(self.model, data)

@@ -42,13 +42,13 @@ def test_ten_numbers_recover_most_of_prompt_tuning(scripts, tmp_path):
 def test_a_pretrained_prompt_needs_few_examples(scripts):
   import ppt_few_shot  # pyright: ignore
 
-  experiment = ppt_few_shot.Experiment(2000, 600, 1000)
+  experiment = ppt_few_shot.Experiment(6000, 1000, 1000)
   print(experiment.accuracy, experiment.shares)
   # Three classes, each a third; documents that no prompt was tuned on.
-  assert experiment.accuracy > 80
+  assert experiment.accuracy > 60
   assert max(abs(share - 1 / 3) for share in experiment.shares) < 0.03
   seeds = range(3)
   pretrained = [experiment.few_shot(s, True) for s in seeds]
   words = [experiment.few_shot(s, False) for s in seeds]
   print(pretrained, words)
-  assert min(pretrained) > max(words) + 5
+  assert min(pretrained) > max(words) + 10
