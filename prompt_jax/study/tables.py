@@ -60,6 +60,11 @@ def scores(
   )
 
 
+def _percent(share: float) -> str:
+  """Two digits; two are too few for a hundred."""
+  return f'{share:.0f} %' if share >= 10 else f'{share:.2g} %'
+
+
 def _score(score: results_lib.Score | None) -> str:
   if score is None:
     return _NOTHING
@@ -167,7 +172,7 @@ def budget(results: Results) -> Table:
           label,
           _score(results.score(method, size)),
           number(trained),
-          _NOTHING if share is None else f'{share:.2g} %',
+          _NOTHING if share is None else _percent(share),
           number(cost.get('steps')),
           f'{flops:.2e}' if flops else _NOTHING,
           f'{1000 * seconds:.2f} ms' if seconds else _NOTHING,
