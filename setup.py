@@ -69,6 +69,8 @@ setuptools.setup(
     'scikit-learn>=1.9,<2',
     'matplotlib>=3.10,<4',
     'tqdm>=4.67,<5',
+    'jinja2>=3.1,<4',
+    'pyyaml>=6,<7',
   ],
   extras_require={
     'report': ['plotly>=6,<7'],  # a study's report.html

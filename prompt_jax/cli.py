@@ -16,6 +16,9 @@ import threading
 import traceback
 from typing import Any
 
+from prompt_jax import task_listing
+from prompt_jax import tools
+
 _COMMANDS = {
   'train': ('train.train', 'train, or go on where a run stopped'),
   'eval': ('infer.evaluate', 'metrics of a split'),
@@ -23,6 +26,7 @@ _COMMANDS = {
   'score': ('infer.score', "log-likelihoods of a split's targets and labels"),
   'ensemble': ('ensemble.ensemble', 'several runs of a method, by vote'),
   'export': ('export.export', 'write a run as what is needed to use it'),
+  'prune': ('prune.prune', 'choose units of a base, for ladder side tuning'),
   'find_lr': ('finder.find_lr', 'try learning rates in short runs'),
 }
 
@@ -65,6 +69,22 @@ def _parser() -> argparse.ArgumentParser:
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_arguments(sub)
+  for name, (_, text, flags) in tools.TOOLS.items():
+    sub = commands.add_parser(
+      name,
+      help=text,
+      description=f'{text}; runs/{name}.gin says more',
+      epilog='  --gin.NAME=value      overrides a value of the gin file',
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for flag in flags:
+      more: dict[str, Any] = {'action': 'append'} if flag.several else {}
+      sub.add_argument(
+        f'--{flag.name}', metavar=flag.metavar, help=flag.help, **more
+      )
+    sub.add_argument('--gin_file', action='append', help='may be repeated')
+    sub.add_argument('--debug', action='store_true', help='show tracebacks')
+  task_listing.add_arguments(commands)
   _add_study(commands)
   return parser
 
@@ -98,6 +118,7 @@ def _add_arguments(sub: argparse.ArgumentParser) -> None:
   add('--model_dir', help='directory of the run')
   add('--dry_run', action='store_true', help='show all settings and stop')
   add('--debug', action='store_true', help='show tracebacks and all logs')
+  add('--rows_dir', metavar='DIR', help='benchmarks: DIR/<task>/<split>.jsonl')
   data = sub.add_argument_group('your own data (JSONL, CSV or TSV)')
   data.add_argument('--train_data', metavar='FILE')
   data.add_argument('--eval_data', metavar='FILE')
@@ -126,6 +147,7 @@ def _bindings(args: argparse.Namespace, gin_flags: Sequence[str]) -> list[str]:
   out = []
   values = {
     'MODEL_DIR': args.model_dir and path(args.model_dir),
+    'ROWS_DIR': args.rows_dir and path(args.rows_dir),
     'TRAIN_DATA': args.train_data and path(args.train_data),
     'EVAL_DATA': args.eval_data and path(args.eval_data),
     'INPUTS': args.inputs,
@@ -245,6 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     if args.command in _COMMANDS:
       _run(args, files, _bindings(args, gin_flags))
+    elif args.command in tools.TOOLS:
+      _run_tool(args, gin_flags)
+    elif args.command == 'tasks':
+      task_listing.show(args.name, args.rows_dir, gin_flags)
     else:
       _run_study(args, gin_flags)
   except Exception as error:
@@ -280,11 +306,29 @@ def _run(
 
     dry_run.show()
     return
-  name = _COMMANDS[args.command][0]
+  _call(args.command, _COMMANDS[args.command][0])
+
+
+def _run_tool(args: argparse.Namespace, gin_flags: Sequence[str]) -> None:
+  """A command that needs no model."""
+  from prompt_jax import gin_utils
+
+  function, _, flags = tools.TOOLS[args.command]
+  values = {flag.name.upper(): getattr(args, flag.name) for flag in flags}
+  bindings = [f'{name}={v!r}' for name, v in values.items() if v is not None]
+  bindings += [_absolute(flag.removeprefix('--gin.')) for flag in gin_flags]
+  gin_utils.parse(args.gin_file or [f'runs/{args.command}.gin'], bindings)
+  _call(args.command, function)
+
+
+def _call(command: str, name: str) -> None:
+  """Calls the function that the gin files of a command bind."""
+  from prompt_jax import gin_utils
+
   try:
     gin_utils.build(f'@{name}')
   except gin_utils.GinError as error:
-    hint = f'Give --gin_file=runs/{args.command}.gin and no other of runs/.'
+    hint = f'Give --gin_file=runs/{command}.gin and no other of runs/.'
     raise gin_utils.GinError(f'{error} {hint}') from error
   gin_utils.run(name)
 

@@ -271,8 +271,15 @@ def length_report(
       f'{task!r} has no feature {unknown[0]!r}. '
       f'Its features: {", ".join(provider.output_features)}.'
     )
+  # Text that a task cuts into pieces of the lengths has none before.
+  functions = [fn for t in subtasks(provider) for fn in t.preprocessors]
+  cuts = any(getattr(fn, 'cuts_to_lengths', False) for fn in functions)
   ds = provider.get_dataset(
-    None, split=split, shuffle=False, num_epochs=1, try_in_mem_cache=False
+    dict(lengths) if cuts else None,
+    split=split,
+    shuffle=False,
+    num_epochs=1,
+    try_in_mem_cache=False,
   )
   # One more than the limit tells whether there were more.
   counts = ds.take(limit + 1).map(

@@ -93,8 +93,10 @@ def _data(run: run_lib.Run, rows: int) -> str:
   parts = []
   provider = datasets.find_task(run.mixture_or_task_name)
   split = 'train' if 'train' in provider.splits else next(iter(provider.splits))
-  for name in run.task_names:
-    report = datasets.length_report(name, split, run.task_feature_lengths)
+  for task in datasets.subtasks(provider):
+    if split not in task.splits:  # of a mixture, those only evaluated
+      continue
+    report = datasets.length_report(task.name, split, run.task_feature_lengths)
     parts.append(str(report))
   config = run.dataset_config(split=split, batch_size=rows, shuffle=True)
   batch = next(datasets.TrainIterator(config, run.converter()))

@@ -183,8 +183,9 @@ class Evaluation:
     """The strings that a task's answers are chosen from; [] if it is free."""
     if self.config.rank_labels is not None:
       return list(self.config.rank_labels)
-    if self.run.user_data is not None and self.run.user_data.given:
-      return list(self.run.user_data.labels or ())
+    own = self.run.user_data
+    if own is not None and own.given and own.labels:
+      return list(own.label_texts)
     from prompt_jax import tasks
 
     return list(tasks.LABELS.get(task, ()))

@@ -16,12 +16,14 @@ import math
 import pathlib
 import re
 
+from absl import logging
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-import tabulate
 
 from prompt_jax import deltas
+from prompt_jax import outputs
+from prompt_jax import paths
 from prompt_jax.study import plots
 
 Scores = dict[str, float]
@@ -62,12 +64,12 @@ class Recovery:
 
 
 def read_scores(
-  paths: Sequence[str], metric: str, split: str = 'validation'
+  names: Sequence[str], metric: str, split: str = 'validation'
 ) -> Scores:
   """A metric of each task, of all files together.
 
   Args:
-    paths: files of `prompt-jax eval`, or directories of runs that hold one of
+    names: files of `prompt-jax eval`, or directories of runs that hold one of
       the split.
     metric: its name in them.
     split: of the directories' files.
@@ -78,13 +80,13 @@ def read_scores(
       the same task.
   """
   out: Scores = {}
-  for name in paths:
+  for name in names:
     path = pathlib.Path(name)
     if path.is_dir():
       path = path / f'eval_{split}.json'
     if not path.is_file():
       raise FileNotFoundError(
-        f'No file {str(path)!r}; `prompt-jax eval` writes it.'
+        f'No file {str(path)!r}; `prompt-jax eval` writes it.{paths.near(path)}'
       )
     try:
       found = json.loads(path.read_text())
@@ -152,7 +154,8 @@ def recovery(
     metric: to compare.
     split: of the files in directories.
     unseen: tasks that the subspace was not trained on; they count apart.
-    output: a .png or .svg file to draw, for results with dimensions.
+    output: a .png or .svg file to draw, for results with dimensions; the table
+      goes beside it, as .tsv and .md.
 
   Raises:
     ValueError: as `read_scores` and `compare`; an output without dimensions, or
@@ -160,20 +163,20 @@ def recovery(
   """
   if isinstance(results, str) or not results:
     raise ValueError(f'Expected a list of results, got {results!r}.')
+  picture = None if output is None else outputs.check_picture(output)
   known = read_scores(reference, metric, split)
+  logging.info('Reference: %s of %d tasks.', metric, len(known))
   found = []
   for text in results:
-    dimension, paths = _parse(text)
-    scores = read_scores(paths, metric, split)
+    dimension, names = _parse(text)
+    scores = read_scores(names, metric, split)
+    logging.info('%s: %d tasks.', text, len(scores))
     found.append(compare(scores, known, dimension, unseen))
   found.sort(key=lambda r: (r.dimension is None, r.dimension))
   print(table(found, metric))
-  if output is not None:
-    path = pathlib.Path(output)
-    if path.suffix not in ('.png', '.svg'):
-      raise ValueError(f'A picture is .png or .svg, got {output!r}.')
-    plots.save(draw(found, metric), [path])
-    print(f'See {output}')
+  if picture is not None:
+    outputs.write(picture, draw(found, metric), *_columns(found, metric))
+    print(f'See {picture}')
   return found
 
 
@@ -198,6 +201,13 @@ def table(found: Sequence[Recovery], metric: str) -> str:
   5            E_rel seen                                   0.750
   5            E_rel unseen                                 1.000
   """
+  return outputs.table(*_columns(found, metric))
+
+
+def _columns(
+  found: Sequence[Recovery], metric: str
+) -> tuple[outputs.Rows, Sequence[str], Sequence[str]]:
+  """The rows of the table, its headers, and how its columns are aligned."""
   rows = []
   for one in found:
     size = '-' if one.dimension is None else str(one.dimension)
@@ -211,10 +221,11 @@ def table(found: Sequence[Recovery], metric: str) -> str:
       if mean is not None:
         name = f'E_rel {which or ""}'.strip()
         rows.append((size, name, '', '', f'{mean:.3f}'))
-  headers = ('dimension', 'task', metric.replace('_', ' '), 'reference',
-             'recovered')  # fmt: skip
-  align = ('left', 'left', 'right', 'right', 'right')
-  return tabulate.tabulate(rows, headers, disable_numparse=True, colalign=align)
+  headers = (
+    *('dimension', 'task', metric.replace('_', ' ')),
+    *('reference', 'recovered'),
+  )
+  return rows, headers, ('left', 'left', 'right', 'right', 'right')
 
 
 def draw(

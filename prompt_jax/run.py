@@ -67,6 +67,8 @@ class Run:
       draws a random base from the seed, which is for tests.
     partitioner: mesh and rules.
     user_data: the user's own files, if there are any.
+    rows_dir: folder with the rows of benchmark sets, <task>/<split>.jsonl, to
+      read in place of TFDS; None: TFDS.
     seed: of everything that is drawn: base, method, dropout, order of data.
   """
 
@@ -78,6 +80,7 @@ class Run:
     default_factory=partitioning.Partitioner
   )
   user_data: user_data_lib.UserData | None = None
+  rows_dir: str | None = None
   seed: int = 0
 
   def __post_init__(self):
@@ -95,15 +98,23 @@ class Run:
     """Makes the packaged tasks and the user's own known to seqio.
 
     Raises:
-      ValueError: the vocabulary has more ids than the embedding has rows, or
-        there is no task of that name.
+      ValueError: the vocabulary has more ids than the embedding has rows,
+        there is no task of that name, or local rows are wrong.
     """
     from prompt_jax import tasks
 
     vocabulary = self.model.vocabulary
     vocabularies.check_fits(vocabulary, self.model.config.vocab_size)
     tasks.register(vocabulary)
-    if self.user_data is not None and self.user_data.given:
+    given = self.user_data is not None and self.user_data.given
+    if self.rows_dir is not None:
+      if given:
+        raise ValueError(
+          'ROWS_DIR is for benchmark sets, and there are data of your own '
+          '(--train_data, --eval_data): give one of the two.'
+        )
+      tasks.use_rows_dir(self.mixture_or_task_name, self.rows_dir)
+    if self.user_data is not None and given:
       self.user_data.register(self.mixture_or_task_name, vocabulary)
     datasets.find_task(self.mixture_or_task_name)
 

@@ -1,8 +1,8 @@
 """Learning rate schedules: pure functions from the step to a float32 rate.
 
-For: T5X's strings of factors and a constant. They are called inside the jitted
-step, so the step may be traced. Not for: scaling the rate per run, which is the
-trainer's; optax's schedules can be given wherever these can.
+For: T5X's strings of factors, a constant, T-Few's lines. They are called inside
+the jitted step, so the step may be traced. Not for: scaling the rate per run,
+which is the trainer's; optax's schedules can be given wherever these can.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,40 @@ def constant(base: float) -> Schedule:
   """
   _check_rate('base', base)
   return lambda step: jnp.full(jnp.shape(step), base, jnp.float32)
+
+
+def warmup_and_linear_decay(
+  base_learning_rate: float, total_steps: int, warmup: float = 0.06
+) -> Schedule:
+  """T-Few's schedule: up to the base rate in a line, and down to 0 in another.
+
+  With T = total_steps and w = warmup * T:
+
+    base_learning_rate * min(s / w, (T - s) / (T - w)), and 0 from T on
+
+  Args:
+    base_learning_rate: the highest.
+    total_steps: T.
+    warmup: share of the steps in which the rate rises; 0 for none.
+
+  Raises:
+    ValueError: a number is out of its range.
+
+  Source: Liu et al. 2022, arXiv 2205.05638; r-three/t-few `configs/ia3.json`
+  and `src/utils/get_scheduler.py` (`linear_decay_with_warmup`).
+  """
+  _check_rate('base_learning_rate', base_learning_rate)
+  require(total_steps >= 1, 'total_steps', 'at least 1', total_steps)
+  require(0 <= warmup < 1, 'warmup', 'at least 0 and below 1', warmup)
+  w = warmup * total_steps
+
+  def schedule(step):
+    s = jnp.asarray(step, jnp.float32)
+    down = jnp.maximum(0.0, (total_steps - s) / (total_steps - w))
+    up = s / w if w else jnp.ones_like(s)
+    return jnp.asarray(base_learning_rate, jnp.float32) * jnp.minimum(up, down)
+
+  return schedule
 
 
 def create_learning_rate_scheduler(

@@ -5,18 +5,16 @@
         inputs='review: {text} It was <soft:0> .', targets='{label}',
         labels=('negative', 'positive'), vocabulary=vocabulary)
 
-registers a `seqio.Task` with splits `train` and `validation`. All rows are read
-and checked at once, and what is wrong names the file and the line. Not for
-files that do not fit into memory.
+registers a `seqio.Task` with splits `train` and `validation`; the language of
+the templates is in `templates/language.py`. All rows are read and checked at
+once, and what is wrong names the file and the line. Not for files that do not
+fit into memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import difflib
-import json
 import pathlib
 import re
-import string
 from typing import Any, cast
 
 from absl import logging
@@ -27,6 +25,10 @@ from prompt_jax import feature_converters
 from prompt_jax import row_files
 from prompt_jax.row_files import Row
 from prompt_jax.row_files import UserDataError
+from prompt_jax.templates import files as template_files
+from prompt_jax.templates import fitting
+from prompt_jax.templates import language
+from prompt_jax.templates import masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +55,10 @@ class UserData:
   Attributes:
     train_data: file of split `train`, or None.
     eval_data: file of split `validation`, or None.
-    inputs: template of the inputs.
-    targets: template of the targets.
-    labels: the classes of a classification.
+    inputs: template of the inputs, or `@file:name`.
+    targets: template of the targets; None for those of `@file:name`.
+    labels: the classes of a classification; None: the choices of the targets,
+      if they are `{column: bad | good}`.
     skip_bad_rows: leave bad rows out, counted, instead of stopping.
   """
 
@@ -65,6 +68,33 @@ class UserData:
   targets: str | None = None
   labels: Sequence[str] | None = None
   skip_bad_rows: bool = False
+
+  def __post_init__(self):
+    if self.given and self.labels is None:
+      object.__setattr__(self, 'labels', self._own_labels or None)
+
+  @property
+  def _own_labels(self) -> tuple[str, ...]:
+    """The labels that the templates say themselves."""
+    if self._lacks_templates:
+      return ()
+    return _prompt(self.inputs or '', self.targets).label_texts
+
+  @property
+  def label_texts(self) -> tuple[str, ...]:
+    """The whole targets of the labels, among which evaluation chooses."""
+    if not self.labels or self._lacks_templates:
+      return tuple(self.labels or ())
+    targets = _prompt(self.inputs or '', self.targets).targets
+    if targets.choices or len(targets.fields) != 1:
+      return tuple(self.labels)  # what is wrong with them `register` says
+    [field] = targets.fields
+    return tuple(targets.render({field: label}) for label in self.labels)
+
+  @property
+  def _lacks_templates(self) -> bool:
+    named = template_files.is_reference(self.inputs)
+    return self.inputs is None or (self.targets is None and not named)
 
   @property
   def given(self) -> bool:
@@ -77,7 +107,7 @@ class UserData:
     Raises:
       UserDataError: a template is missing, or as `register`.
     """
-    if self.inputs is None or self.targets is None:
+    if self.inputs is None or self._lacks_templates:
       raise UserDataError(
         "Data of your own need --inputs='...' and --targets='...', templates "
         'with the names of columns in braces.'
@@ -88,7 +118,7 @@ class UserData:
       eval_data=self.eval_data,
       inputs=self.inputs,
       targets=self.targets,
-      labels=self.labels,
+      labels=None if self.labels == self._own_labels else self.labels,
       vocabulary=vocabulary,
       skip_bad_rows=self.skip_bad_rows,
     )
@@ -103,7 +133,7 @@ def register(
   train_data: str | pathlib.Path | None,
   eval_data: str | pathlib.Path | None,
   inputs: str,
-  targets: str,
+  targets: str | None = None,
   labels: Sequence[str] | None = None,
   vocabulary: seqio.Vocabulary,
   skip_bad_rows: bool = False,
@@ -118,10 +148,11 @@ def register(
       the columns, and TSV has no quotes. None: no split `train`.
     eval_data: the same for split `validation`; None: no such split.
     inputs: template, plain text with `{column}`; `{{` and `}}` are braces, and
-      `<soft:k>` is soft token k.
-    targets: template of the targets.
+      `<soft:k>` is soft token k. Or `@file:name`, a line of a file.
+    targets: template of the targets; None for those of `@file:name`.
     labels: the classes, if it is a classification. The one column of `targets`
-      then holds a label or, counted from 0, its number.
+      then holds a label or, counted from 0, its number. Not for targets that
+      choose their words themselves, `{column: bad | good}`.
     vocabulary: of inputs and targets.
     skip_bad_rows: whether to leave bad rows out, counted and logged, instead of
       stopping at the first.
@@ -136,19 +167,19 @@ def register(
     raise UserDataError(
       f'{name!r} is the name of a task that exists: choose another.'
     )
-  render = _Renderer(inputs, targets, labels)
+  render = _Renderer(_prompt(inputs, targets), labels, vocabulary)
   files = {'train': train_data, 'validation': eval_data}
   examples, skipped = {}, {}
   for split, path in files.items():
     if path is not None:
       examples[split], skipped[split] = _load(path, render, skip_bad_rows)
 
-  preprocessors: list[Any] = [seqio.preprocessors.tokenize]
+  preprocessors: list[Any] = [*render.fitting, seqio.preprocessors.tokenize]
   if task_id is not None:
     preprocessors.append(feature_converters.add_task_id(task_id))
   preprocessors.append(feature_converters.trim_and_append_eos)
   if metric_fns is None:
-    metric_fns = _default_metrics(labels)
+    metric_fns = _default_metrics(render.label_texts)
   seqio.TaskRegistry.remove(name)
   seqio.TaskRegistry.add(
     name,
@@ -202,101 +233,83 @@ class RowsDataSource(seqio.FunctionDataSource):
       logging.set_verbosity(level)
 
 
+def _prompt(inputs: str, targets: str | None) -> template_files.Prompt:
+  """The templates, from a file or as they are.
+
+  Raises:
+    UserDataError: one of them is wrong, or there are no targets.
+  """
+  found: dict[str, language.Template] = {}
+  for key, text in (('inputs', inputs), ('targets', targets)):
+    if text is not None and template_files.is_reference(text):
+      prompt = template_files.find(text)
+      found.setdefault('targets', prompt.targets)
+      found[key] = getattr(prompt, key)
+    elif text is not None:
+      found[key] = language.Template(text)
+  if 'targets' not in found:
+    raise UserDataError('There is no template of the targets.')
+  return template_files.Prompt('', found['inputs'], found['targets'])
+
+
 class _Renderer:
   """Turns a row into the texts of an example."""
 
-  def __init__(self, inputs: str, targets: str, labels: Sequence[str] | None):
-    self.templates = {'inputs': inputs, 'targets': targets}
-    self.fields = {key: _fields(t) for key, t in self.templates.items()}
+  def __init__(
+    self,
+    prompt: template_files.Prompt,
+    labels: Sequence[str] | None,
+    vocabulary: seqio.Vocabulary,
+  ):
+    self.templates = {'inputs': prompt.inputs, 'targets': prompt.targets}
+    self.masks = {
+      key: masks.texts(vocabulary, template.num_masks)
+      for key, template in self.templates.items()
+    }
     self.labels = None if labels is None else tuple(labels)
-    self.label_texts: tuple[str, ...] = ()
+    self.label_texts = prompt.label_texts
     if self.labels is None:
       return
-    names = set(self.fields['targets'])
-    if len(names) != 1:
+    targets = prompt.targets
+    if len(targets.fields) != 1:
       raise UserDataError(
         'With labels the targets template has the one column that holds the '
-        f'label, as in "{{label}}"; got {targets!r}.'
+        f'label, as in "{{label}}"; got {targets.text!r}.'
+      )
+    if targets.choices:
+      raise UserDataError(
+        f'The targets {targets.text!r} say what the labels are: give no labels '
+        'beside it.'
       )
     if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
       raise UserDataError(f'labels must be two or more, got {self.labels}.')
-    (self.label_field,) = names
+    [self.label_field] = targets.fields
     self.label_texts = tuple(
-      targets.format(**{self.label_field: label}) for label in self.labels
+      targets.render({self.label_field: label}) for label in self.labels
     )
 
   def __call__(self, row: Row) -> Row:
     """The example of a row; if it is bad, an error without file and line."""
-    example = {}
+    example: Row = {}
     for key, template in self.templates.items():
-      values = {name: _value(row, name, template) for name in self.fields[key]}
+      template.check_columns(row)
       if key == 'targets' and self.labels is not None:
         field = self.label_field
-        values[field] = _label(row[field], self.labels, field)
-      # Columns may be called what no keyword can be: format_map takes any name.
-      example[key] = template.format_map(values)
+        index = language.chosen(row[field], self.labels, field)
+        row = {**row, field: self.labels[index]}
+      parts = template.parts(row, self.masks[key])
+      example[key] = ''.join(text for text, _ in parts)
+      if template.needs_fitting:
+        texts, rules = zip(*parts, ('', language.FIXED), strict=True)
+        example[f'{key}/parts'] = list(texts)
+        example[f'{key}/rules'] = list(rules)
     return example
 
-
-def _fields(template: str) -> list[str]:
-  """The columns that a template names."""
-  try:
-    parts = list(string.Formatter().parse(template))
-  except ValueError as error:
-    raise UserDataError(
-      f'Template {template!r}: {error}. A brace itself is written {{{{ or }}}}.'
-    ) from error
-  fields = []
-  for _, field, spec, conversion in parts:
-    if field is None:
-      continue
-    if not field or spec or conversion or set(field) & set('.[]'):
-      raise UserDataError(
-        f'Template {template!r}: only plain columns such as {{text}} are '
-        f'filled in, not {{{field}{"!" + conversion if conversion else ""}'
-        f'{":" + spec if spec else ""}}}.'
-      )
-    fields.append(field)
-  return fields
-
-
-def _value(row: Row, name: str, template: str) -> str:
-  if name not in row:
-    near = difflib.get_close_matches(name, list(row))
-    hint = f' Did you mean {{{near[0]}}}?' if near else ''
-    raise UserDataError(
-      f'no column {name!r}, which template {template!r} needs.{hint} '
-      f'The columns: {", ".join(map(str, row)) or "none"}.'
-    )
-  value = row[name]
-  if isinstance(value, str | int | float):
-    return str(value)
-  raise UserDataError(
-    f'column {name!r} holds {json.dumps(value)[:40]}, expected text or a '
-    'number.'
-  )
-
-
-def _label(value: Any, labels: tuple[str, ...], field: str) -> str:
-  """The label that a column names, by its text or else by its number."""
-  text = str(value)
-  if text in labels:
-    return text
-  listed = ', '.join(f'{i} = {label!r}' for i, label in enumerate(labels))
-  try:
-    index = int(value) if isinstance(value, bool) else int(text)
-  except ValueError:
-    near = difflib.get_close_matches(text, labels)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise UserDataError(
-      f'column {field!r} holds {text!r}, which is no label.{hint} '
-      f'The labels: {listed}.'
-    ) from None
-  if not 0 <= index < len(labels):
-    raise UserDataError(
-      f'column {field!r} holds label number {index}, but they are: {listed}.'
-    )
-  return labels[index]
+  @property
+  def fitting(self) -> list[Any]:
+    """A preprocessor for texts that trimming at the end would spoil."""
+    found = {k: t.text for k, t in self.templates.items() if t.needs_fitting}
+    return [fitting.Fitting(found)] if found else []
 
 
 def _load(
@@ -344,12 +357,12 @@ def _columns(rows: Sequence[Row]) -> Any:
   return columns
 
 
-def _default_metrics(labels: Sequence[str] | None) -> list[Callable[..., Any]]:
+def _default_metrics(labels: Sequence[str]) -> list[Callable[..., Any]]:
   from prompt_jax import metrics
 
-  return [metrics.exact_match if labels is None else metrics.accuracy]
+  return [metrics.accuracy if labels else metrics.exact_match]
 
 
 def _stripped(text: str, **unused: Any) -> str:
-  """Text to compare; a template's soft tokens are not part of the answer."""
-  return re.sub(r'<soft:\d+>', '', text).strip()
+  """Text to compare; soft tokens and blanks are not part of the answer."""
+  return re.sub(r'<(soft:|extra_id_)\d+>', '', text).strip()

@@ -2,28 +2,33 @@
 
 `register(vocabulary)` makes a task of each set in both forms, and the mixture
 `glue_mnli_and_dev` (with its taskless form), which trains on MNLI and evaluates
-on both of its validation sets. Rows come from TFDS, which downloads them.
+on both of its validation sets. `glue_qqp_to_mrpc` trains on QQP and evaluates
+on MRPC with QQP's words, `glue_mrpc_to_qqp` the other way round.
+
 
 Source: Wang et al. 2019, arXiv 1804.07461; formats as in `preprocessors.py`.
+Transfer: Lester et al. 2021, arXiv 2104.08691, section 4.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import seqio
 
-from prompt_jax import feature_converters
 from prompt_jax import metrics
 
 from . import postprocessors
 from . import preprocessors
+from . import sources
+from .sources import LABEL
+from .sources import DataSet
 
 _ENTAILMENT = ('entailment', 'not_entailment')
 _NLI = ('entailment', 'neutral', 'contradiction')
 _SENTENCES = ('sentence1', 'sentence2')
 _NLI_FIELDS = ('hypothesis', 'premise')
-_SPLITS = ('train', 'validation', 'test')
+_SPLITS = sources.SPLITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +82,19 @@ SPECS = {
   'ax': Spec('mnli', _NLI_FIELDS, _NLI, (), splits=('test',)),
 }  # fmt: skip
 
+# From the task that is trained on to the one that it is tried on.
+TRANSFERS = (('qqp', 'mrpc'), ('mrpc', 'qqp'))
 # Of every task with labels: their texts, for rank classification.
 LABELS = {
-  f'{form}glue_{name}': spec.labels
-  for name, spec in SPECS.items()
-  for form in ('', 'taskless_')
-  if spec.labels
-}
+  f'{form}glue_{name}': texts
+  for form in ('', sources.TASKLESS)
+  for name, texts in (
+    *((name, spec.labels) for name, spec in SPECS.items()),
+    *((f'{target}_from_{source}', SPECS[source].labels)
+      for source, target in TRANSFERS),
+  )
+  if texts
+}  # fmt: skip
 
 
 def register(vocabulary: seqio.Vocabulary) -> list[str]:
@@ -93,86 +104,59 @@ def register(vocabulary: seqio.Vocabulary) -> list[str]:
     The names of the tasks and mixtures.
   """
   names = []
-  for form in ('', 'taskless_'):
+  for form in ('', sources.TASKLESS):
     for name, spec in SPECS.items():
-      names.append(
-        add_task(
-          f'{form}glue_{name}',
-          f'glue/{name}:2.0.0',
-          spec.splits,
-          [_text(spec, taskless=bool(form))],
-          _postprocessor(spec),
-          spec.metric_fns,
-          vocabulary,
-        )
-      )
+      data = _data_set(name, spec, bool(form))
+      names.append(sources.add(f'{form}glue_{name}', data, vocabulary))
     mnli = [f'{form}glue_mnli{end}' for end in ('', '_matched', '_mismatched')]
-    names.append(add_mixture(f'{form}glue_mnli_and_dev', mnli))
+    names.append(sources.add_mixture(f'{form}glue_mnli_and_dev', mnli))
+    for source, target in TRANSFERS:
+      names += _register_transfer(form, source, target, vocabulary)
   return names
 
 
-def add_task(
-  name: str,
-  tfds_name: str,
-  splits: Sequence[str],
-  texts: Sequence[Callable[..., Any]],
-  postprocess_fn: Callable[..., Any],
-  metric_fns: Sequence[Callable[..., Any]],
-  vocabulary: seqio.Vocabulary,
-) -> str:
-  """Registers one TFDS task in place of its namesake; gives its name.
-
-  Args:
-    name: of the task.
-    tfds_name: data set, config and version.
-    splits: named here so that asking for them needs no download.
-    texts: dataset preprocessors, rows to `inputs` and `targets`.
-    postprocess_fn: seqio's.
-    metric_fns: seqio's.
-    vocabulary: of inputs and targets.
-  """
-  seqio.TaskRegistry.remove(name)
-  seqio.TaskRegistry.add(
-    name,
-    source=cast(
-      Any, seqio.TfdsDataSource(tfds_name=tfds_name, splits=list(splits))
-    ),
-    preprocessors=[
-      *texts,
-      seqio.preprocessors.tokenize,
-      seqio.CacheDatasetPlaceholder(),
-      feature_converters.trim_and_append_eos,
-    ],
-    postprocess_fn=postprocess_fn,
-    metric_fns=list(metric_fns),
-    output_features=feature_converters.output_features(vocabulary),
+def _register_transfer(
+  form: str, source: str, target: str, vocabulary: seqio.Vocabulary
+) -> list[str]:
+  """The target with the source's words, and the mixture of both."""
+  # Both sets count the pairs that differ as 0.
+  spec = dataclasses.replace(SPECS[target], labels=SPECS[source].labels)
+  tried = f'{form}glue_{target}_from_{source}'
+  data = dataclasses.replace(
+    _data_set(target, spec, bool(form)),
+    columns=columns(SPECS[target]),
+    splits=('validation',),
+    folders=(f'glue_{target}',),
+    files={'validation': 'validation'},
   )
-  return name
+  sources.add(tried, data, vocabulary)
+  mixture = f'{form}glue_{source}_to_{target}'
+  return [tried, sources.add_mixture(mixture, [f'{form}glue_{source}', tried])]
 
 
-def add_mixture(name: str, tasks: Sequence[str]) -> str:
-  """Registers a mixture of equal rates in place of its namesake."""
-  seqio.MixtureRegistry.remove(name)
-  seqio.MixtureRegistry.add(name, list(tasks), default_rate=1.0)
-  return name
+def _data_set(name: str, spec: Spec, taskless: bool) -> DataSet:
+  return DataSet(
+    f'glue/{name}:2.0.0',
+    columns(spec),
+    [_text(spec, taskless)],
+    _postprocessor(spec),
+    spec.metric_fns,
+    spec.labels,
+    spec.splits,
+  )
 
 
-def mapped(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
-  """A dataset preprocessor from a function of one row."""
-
-  def preprocessor(dataset: Any) -> Any:
-    return dataset.map(
-      lambda row: function(row, **kwargs), num_parallel_calls=-1
-    )
-
-  return preprocessor
+def columns(spec: Spec) -> dict[str, Any]:
+  """Those of a set: its fields, its label, and the number of the row."""
+  label = spec.labels or float
+  return {**dict.fromkeys(spec.fields, str), LABEL: label, 'idx': int}
 
 
 def _text(spec: Spec, taskless: bool) -> Callable[..., Any]:
   name = '' if taskless else spec.prefix
   if not spec.labels:
-    return mapped(preprocessors.stsb, name=name)
-  return mapped(
+    return sources.mapped(preprocessors.stsb, name=name)
+  return sources.mapped(
     preprocessors.classification,
     name=name, fields=spec.fields, labels=spec.labels,
   )  # fmt: skip

@@ -63,6 +63,26 @@ def record(
   }
 
 
+def question_answering(
+  text: str, example: Any = None, is_target: bool = False, **unused: Any
+) -> Any:
+  """The text; for a target all accepted answers."""
+  if not is_target:
+    return text
+  answers = [answer.decode() for answer in example['answers']]
+  return answers or [text]
+
+
+def references(
+  text: str, example: Any = None, is_target: bool = False, **unused: Any
+) -> Any:
+  """The text; for a target its data as 'group', and its texts."""
+  if not is_target:
+    return text
+  texts = [reference.decode() for reference in example['references']]
+  return {'group': example['group'].decode(), 'value': texts}
+
+
 def wsc(
   text: str, example: Any = None, is_target: bool = False, **unused: Any
 ) -> int:

@@ -1,8 +1,9 @@
-"""Rows of GLUE and SuperGLUE to T5's texts.
+"""Rows of benchmark sets to T5's texts.
 
 Each function takes a row and gives `inputs` and `targets`, and what the metrics
 need besides. `name` stands first, as in "sst2 sentence: ..."; '' leaves it out
-(the taskless tasks). A test row without a label has target "<unk>".
+(the taskless tasks). A test row without a label has target "<unk>". A set that
+T5 knows nothing of has T5's form: its name, then each column with its name.
 
 Not for tokenizing.
 
@@ -11,7 +12,7 @@ google-research/text-to-text-transfer-transformer `t5/data/preprocessors.py`,
 whose order of the fields these texts have where the two differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -24,11 +25,11 @@ def classification(
   row: Row, *, name: str, fields: Sequence[str], labels: Sequence[str]
 ) -> Row:
   """'name field: text field: text ...' to the name of the label."""
-  return {
+  example = {
     'inputs': _fields_text(row, name, fields),
     'targets': _label_text(row['label'], labels),
-    'idx': row['idx'],
   }
+  return example | {key: row[key] for key in ('idx',) if key in row}
 
 
 def stsb(row: Row, *, name: str) -> Row:
@@ -44,10 +45,14 @@ def stsb(row: Row, *, name: str) -> Row:
   }
 
 
-def rename_sentences(row: Row) -> Row:
-  """The diagnostic set's sentence1 and sentence2 as RTE's fields."""
-  renamed = {'sentence1': 'premise', 'sentence2': 'hypothesis'}
-  return {renamed.get(key, key): value for key, value in row.items()}
+def renamed(row: Row, *, names: Mapping[str, str]) -> Row:
+  """The row with other names of some columns, {old: new}."""
+  return {names.get(key, key): value for key, value in row.items()}
+
+
+def has_label(row: Row) -> tf.Tensor:
+  """Whether the annotators agreed on a label."""
+  return row['label'] >= 0
 
 
 def multirc(row: Row, *, name: str, labels: Sequence[str]) -> Row:
@@ -95,6 +100,28 @@ def wsc(row: Row, *, name: str) -> Row:
   }
 
 
+def wsc_true_false(row: Row, *, name: str) -> Row:
+  """'wsc text: # the pronoun # and * the candidate * marked' to True or False.
+
+  A span is marked where the text has it from word `span_index` on, or from the
+  next one (a row counts a word too few). Capitals do not matter: T5 leaves a
+  span unmarked where the row writes "The table" for "the table", a seventh of
+  the rows. What the text has nowhere near stays unmarked, as in T5.
+  """
+  text = row['text']
+  spans = (('span1', '*'), ('span2', '#'))
+  # The later one first: marks in front of a word would move it.
+  first_is_later = row['span1_index'] > row['span2_index']
+  forth = _marked(_marked(text, row, *spans[0]), row, *spans[1])
+  back = _marked(_marked(text, row, *spans[1]), row, *spans[0])
+  text = tf.where(first_is_later, forth, back)
+  return {
+    'inputs': _fields_text({'text': text}, name, ('text',)),
+    'targets': _label_text(row['label'], ('False', 'True')),
+    'idx': row['idx'],
+  }
+
+
 def is_right_referent(row: Row) -> tf.Tensor:
   """Whether WSC's candidate is what the pronoun means."""
   return tf.equal(row['label'], 1)
@@ -130,6 +157,43 @@ def record(dataset: tf.data.Dataset, *, name: str) -> tf.data.Dataset:
   return dataset.map(texts, tf.data.AUTOTUNE).flat_map(one_per_answer)
 
 
+def question_answering(row: Row, *, answers: Callable[[Row], tf.Tensor]) -> Row:
+  """'question: ... context: ...' to the first answer; all in `answers`.
+
+  Spaces stand around punctuation, as in T5's code. T5 has no name here.
+  """
+  texts = _spaced(answers(row))
+  spaced = {key: _spaced(row[key]) for key in ('question', 'context')}
+  # A test row may have no answer.
+  return {
+    'inputs': _fields_text(spaced, '', ('question', 'context')),
+    'targets': tf.concat([texts, [NO_LABEL]], axis=0)[0],
+    'answers': texts,
+  }
+
+
+def summarization(row: Row, *, name: str, document: str, summary: str) -> Row:
+  """'summarize: document' to its summary."""
+  text = row[document]
+  return {
+    'inputs': tf.strings.join([f'{name}: ', text]) if name else text,
+    'targets': row[summary],
+  }
+
+
+def data_to_text(row: Row, *, name: str, field: str) -> Row:
+  """'name field: data' to one text; a list of triples is joined by ' && '."""
+  data = row[field]
+  if data.shape.rank:
+    data = tf.strings.reduce_join(data, separator=' && ')
+  return {
+    'inputs': _fields_text({field: data}, name, (field,)),
+    'targets': row['target'],
+    'references': tf.concat([[row['target']], row['references']], axis=0),
+    'group': data,
+  }
+
+
 def _fields_text(row: Row, name: str, fields: Sequence[str]) -> tf.Tensor:
   parts = [name] if name else []
   for field in fields:
@@ -145,3 +209,35 @@ def _label_text(label: tf.Tensor, labels: Sequence[str]) -> tf.Tensor:
 
 def _starts_with(text: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
   return tf.strings.substr(text, 0, tf.strings.length(start)) == start
+
+
+def _spaced(text: tf.Tensor) -> tf.Tensor:
+  text = tf.strings.regex_replace(text, r'([[:punct:]])', r' \1 ')
+  return tf.strings.regex_replace(text, r'\s+', ' ')
+
+
+def _marked(text: tf.Tensor, row: Row, span: str, mark: str) -> tf.Tensor:
+  """The text with a mark on either side of a span."""
+  words = tf.strings.split(text, ' ')
+  named = tf.strings.regex_replace(row[f'{span}_text'], r'\s', ' ')
+  named = tf.strings.lower(named)
+
+  def parts(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    index = tf.minimum(index, tf.size(words))
+    before = tf.strings.reduce_join(words[:index], separator=' ')
+    after = tf.strings.reduce_join(words[index:], separator=' ')
+    return before, after, _starts_with(tf.strings.lower(after), named)
+
+  index = row[f'{span}_index']
+  index = tf.where(parts(index)[2], index, index + 1)
+  before, after, found = parts(index)
+  size = tf.strings.length(named)
+  marked = [
+    before,
+    tf.where(index > 0, ' ', ''),
+    f'{mark} ',
+    tf.strings.substr(after, 0, size),
+    f' {mark}',
+    tf.strings.substr(after, size, -1),
+  ]
+  return tf.where(found, tf.strings.join(marked), text)

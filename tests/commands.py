@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -57,6 +58,13 @@ def train(data: pathlib.Path, **changes: Any) -> list[str]:
     *(f'--gin_file={name}' for name in files),
     *(f'--{name}={v}' for name, v in flags.items() if v is not None),
   ]
+
+
+def without_training(args: list[str], command: str) -> list[str]:
+  """Of the arguments of `train` what another command takes."""
+  other = r'--gin\.(TRAIN_STEPS|[A-Z]*_PERIOD)='
+  kept = [a.replace('runs/train', f'runs/{command}') for a in args[1:]]
+  return [command, *(a for a in kept if not re.match(other, a))]
 
 
 def here(*args: str) -> int:

@@ -8,6 +8,7 @@ import pytest
 
 from prompt_jax import gin_rules
 from prompt_jax import gin_utils
+from prompt_jax import tools
 
 FILES = gin_rules.packaged_files()
 MODELS = [f for f in FILES if re.fullmatch(r'models/[^/]+\.gin', f)]
@@ -18,9 +19,11 @@ COMPANIONS = {
   'methods': ['models/tiny.gin', 'runs/train.gin'],
   'runs': ['models/tiny.gin', 'methods/soft_prompt.gin'],
   'studies': [],
+  **{f'runs/{name}.gin': [] for name in tools.TOOLS},  # they need no model
 }
 # What files may leave open for others, or for the command line.
 OPEN = {
+  'BANK': '/nowhere',
   'BATCH_SIZE': '2',
   'CHECKPOINT_PATH': '/nowhere',
   'DROPOUT_RATE': '0.1',
@@ -31,6 +34,14 @@ OPEN = {
   'MIXTURE_OR_TASK_NAME': 'nothing',
   'MODEL_DIR': '/nowhere',
   'OPTIMIZER': 'None',
+  'OUTPUT': '/nowhere',
+  'PROMPT': '/nowhere',
+  'REDUCTION_FACTOR': '8',
+  'REFERENCE': '/nowhere',
+  'RESULT': '/nowhere',
+  'SOURCE_BASE': '/nowhere',
+  'TARGET_BASE': '/nowhere',
+  'TARGET_PROMPT': '/nowhere',
   'TASK_FEATURE_LENGTHS': '{"inputs": 8, "targets": 4}',
   'TRAIN_STEPS': '1',
   'TRAINABLE_PATTERNS': '()',
@@ -87,7 +98,8 @@ def model(file):
 
 @pytest.mark.parametrize('file', FILES)
 def test_parses_with_its_companions_in_any_order(file):
-  files = list(dict.fromkeys([*COMPANIONS[file.split('/')[0]], file]))
+  companions = COMPANIONS.get(file, COMPANIONS[file.split('/')[0]])
+  files = list(dict.fromkeys([*companions, file]))
   parse(files)
   forth = gin_utils.resolved()
   parse(files[::-1])
@@ -101,6 +113,22 @@ def test_every_macro_that_is_bound_is_used():
   used = set(re.findall(r'%([A-Z_]+)', text)) | {'MODEL'}  # MODEL is built
   assert bound <= used
   assert used - bound <= OPEN.keys()
+
+
+# Their loss is said to be a sum, which their other settings go with.
+SUMS = ('methods/ipt.gin', 'methods/ipt_tune.gin')
+
+
+@pytest.mark.parametrize(
+  'file', [f for f in FILES if f.startswith('methods/') and f not in SUMS]
+)
+def test_adamw_goes_with_a_mean_over_target_tokens(file):
+  parse(list(dict.fromkeys([*COMPANIONS['methods'], file])))
+  bound = {b.key: b.value for b in gin_utils.resolved()}
+  if any('optimizers.adamw' in value for value in bound.values()):
+    name = 'EncoderDecoderModel.loss_normalizing_factor'
+    [found] = [v for k, v in bound.items() if k.endswith(name)]
+    assert found == "'NUM_REAL_TARGET_TOKENS'"
 
 
 def closed_formula(c):

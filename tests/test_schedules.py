@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,3 +103,36 @@ def test_errors():
   ):
     with pytest.raises(ValueError, match=f'{next(iter(bad))} must be'):
       make('constant', **bad)
+
+
+def test_warmup_and_linear_decay():
+  """Up in 6 of 100 steps, down in 94: by hand."""
+  schedule = schedules.warmup_and_linear_decay(0.3, 100)
+  steps = jnp.asarray([0, 1, 3, 6, 53, 99, 100, 1000])
+  expected = [0, 0.05, 0.15, 0.3, 0.15, 0.3 / 94, 0, 0]
+  for fn in (schedule, jax.jit(schedule)):
+    rates = fn(steps)
+    assert rates.dtype == jnp.float32
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-9)
+  # Not a whole number of steps: 1.5 of 25.
+  odd = schedules.warmup_and_linear_decay(0.3, 25)
+  np.testing.assert_allclose(odd(1), 0.2, rtol=1e-6)
+  np.testing.assert_allclose(odd(2), 0.3 * 23 / 23.5, rtol=1e-6)
+  none = schedules.warmup_and_linear_decay(0.3, 10, warmup=0.0)
+  np.testing.assert_allclose(none(0), 0.3, rtol=1e-6)
+  np.testing.assert_allclose(none(5), 0.15, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'bad',
+  [
+    {'base_learning_rate': -1.0},
+    {'total_steps': 0},
+    {'warmup': 1.0},
+    {'warmup': -0.1},
+  ],
+)
+def test_warmup_and_linear_decay_refuses(bad):
+  values: dict[str, Any] = {'base_learning_rate': 0.3, 'total_steps': 10} | bad
+  with pytest.raises(ValueError, match=f'{next(iter(bad))} must be'):
+    schedules.warmup_and_linear_decay(**values)

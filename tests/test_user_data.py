@@ -210,3 +210,15 @@ def test_bad_rows_can_be_skipped(tmp_path, caplog):
   assert 'skipped 2 bad rows of 3' in caplog.text
   said = message(tmp_path, 'nonsense\n', skip_bad_rows=True)
   assert 'no rows. The first of 1 bad rows' in said and 'line 1' in said
+
+
+def test_labels_are_ranked_as_the_targets_say_them():
+  data = user_data.UserData(
+    train_data='x.jsonl', inputs='{text}', targets='It was {label}.',
+    labels=('bad', 'good'),
+  )  # fmt: skip
+  assert data.label_texts == ('It was bad.', 'It was good.')
+  words = user_data.UserData(
+    train_data='x.jsonl', inputs='{text}', targets='{label: bad | good}'
+  )
+  assert words.label_texts == words.labels == ('bad', 'good')

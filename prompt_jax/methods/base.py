@@ -18,6 +18,7 @@ A method that is a network of its own beside the frozen one is a `SideNetwork`.
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import re
 from typing import Any
 
@@ -56,6 +57,7 @@ class Context:
     task_ids: the task of each example, [B], if the data have tasks.
     packed: rows of the batch hold several examples.
     exporting: the deltas are to be kept, with tables of all tasks.
+    soft_tokens_before: those of the methods before this one in a chain.
     config: of the network.
     sites: the network's projections.
     modules: paths of all modules of the network.
@@ -67,6 +69,7 @@ class Context:
   task_ids: Any = None
   packed: bool = struct.field(pytree_node=False, default=False)
   exporting: bool = struct.field(pytree_node=False, default=False)
+  soft_tokens_before: int = struct.field(pytree_node=False, default=0)
   config: Any = struct.field(pytree_node=False, default=None)
   sites: tuple[Site, ...] = struct.field(pytree_node=False, default=())
   modules: tuple[str, ...] = struct.field(pytree_node=False, default=())
@@ -75,6 +78,11 @@ class Context:
   def embedder(self) -> str:
     """Path of the token embedding, where `rows` are laid."""
     return next(m for m in self.modules if m.endswith('token_embedder'))
+
+  @property
+  def first_soft_id(self) -> int:
+    """The id of the method's own soft token 0."""
+    return self.config.vocab_size + self.soft_tokens_before
 
   def parameter(self, path: str) -> Any:
     """A parameter of the network, to which no gradient flows."""
@@ -165,8 +173,11 @@ class Chain(nn.Module):
   def __call__(self, context: Context) -> deltas.Deltas:
     """The combined deltas of all methods, in order."""
     out: deltas.Deltas = {}
+    before = context.soft_tokens_before
     for method in self.methods.values():
-      out = deltas.combine(out, method(context))
+      own = dataclasses.replace(context, soft_tokens_before=before)
+      out = deltas.combine(out, method(own))
+      before += sum(g * length for g, length in _soft_tables(method))
     return out
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from prompt_jax import deltas
 from prompt_jax.methods import base
 from prompt_jax.methods import initializers
+from prompt_jax.methods import projections
 
 _COMBINE = ('replace', 'add')
 
@@ -50,17 +51,11 @@ class HiddenPrompt(nn.Module):
   prompt_init: initializers.PromptInitializer = initializers.RandomUniform()
 
   def __post_init__(self):
-    for field in ('length', 'num_tasks'):
-      value = getattr(self, field)
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(
-          f'HiddenPrompt.{field} must be a whole number of at least 1, got '
-          f'{value!r}.'
-        )
+    projections.check_whole_numbers(self, 'length', 'num_tasks')
     if self.combine not in _COMBINE:
       raise ValueError(
         f"HiddenPrompt.combine must be 'replace' or 'add', got "
-        f'{self.combine!r}.'
+        f'{self.combine!r}.{deltas.near_misses(str(self.combine), _COMBINE)}'
       )
     super().__post_init__()
 
@@ -90,7 +85,7 @@ class HiddenPrompt(nn.Module):
     }
     if context.tokens is None:  # parameters are being made
       return out
-    row = jnp.asarray(context.tokens) - self._first_id(c.vocab_size)
+    row = jnp.asarray(context.tokens) - context.first_soft_id
     group = jnp.where((row >= 0) & (row < rows), row + 1, 0)
     for path, prompt in prompts.items():
       lead = prompt.shape[:1] if c.scan_layers else ()
@@ -127,15 +122,3 @@ class HiddenPrompt(nn.Module):
       self, {f'{path}/prompt': (draw, shape, axes) for path in paths}
     )
     return {path: own[f'{path}/prompt'] for path in paths}
-
-  def _first_id(self, vocab_size: int) -> int:
-    """The id of soft token 0; in a chain those of earlier methods are less."""
-    start, child = vocab_size, self
-    while isinstance(child.parent, base.Chain):
-      for method in child.parent.methods.values():
-        if method is child:
-          break
-        ids = base.soft_ids(method, 0)
-        start += int(ids.max()) + 1 if ids.size else 0
-      child = child.parent
-    return start

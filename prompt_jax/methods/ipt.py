@@ -21,6 +21,7 @@ from prompt_jax import checkpoints
 from prompt_jax import deltas
 from prompt_jax.methods import base
 from prompt_jax.methods import initializers
+from prompt_jax.methods import projections
 from prompt_jax.methods import saved_prompts
 from prompt_jax.network import layers
 
@@ -78,16 +79,6 @@ def _decoder_specs(dimension: int, hidden: int, size: int) -> dict[str, Any]:
   return specs | _specs('decoder/out', hidden, size)
 
 
-def _check_counts(method: Any, *fields: str) -> None:
-  for field in fields:
-    value = getattr(method, field)
-    if not isinstance(value, int) or value < 1:
-      raise ValueError(
-        f'{type(method).__name__}.{field} must be a whole number of at least '
-        f'1, got {value!r}.'
-      )
-
-
 # ---- stage 1: the subspace ---------------------------------------------------
 
 
@@ -131,7 +122,7 @@ class Subspace(nn.Module):
   alpha: float = 200.0
 
   def __post_init__(self):
-    _check_counts(self, 'length', 'dimension', 'hidden_dim')
+    projections.check_whole_numbers(self, 'length', 'dimension', 'hidden_dim')
     if isinstance(self.sources, str) or not self.sources:
       raise ValueError(
         'Subspace.sources must be a list of the prompts of the training tasks, '
@@ -249,9 +240,9 @@ class SubspacePrompt(nn.Module):
   seed: int = 0
 
   def __post_init__(self):
-    _check_counts(self, 'length', 'num_tasks', 'hidden_dim')
+    projections.check_whole_numbers(self, 'length', 'num_tasks', 'hidden_dim')
     if self.dimension is not None or self.subspace is None:
-      _check_counts(self, 'dimension')
+      projections.check_whole_numbers(self, 'dimension')
     if self.subspace is None and self.start is not None:
       raise ValueError(
         'SubspacePrompt.start is encoded by a trained subspace, but `subspace` '

@@ -4,9 +4,7 @@ A unit is an entry of a hidden state, of a head, or of a feed-forward block's
 inside. Of each kind 1/r are kept, those that matter most by an importance of
 each weight: its magnitude, or its squared gradients on some examples.
 
-    prompt_jax.methods.pruning.measure(model, params, batches, 'units')
-
-writes what the latter chooses, for `FromFile('units')`.
+`prompt-jax prune` writes what the latter chooses, for `FromFile`.
 
 Source: Sung et al. 2022, arXiv 2206.06522, on structural weight initialization;
 checked against ylsung/Ladder-Side-Tuning `seq2seq/pruning/pruning_methods.py`
@@ -168,7 +166,7 @@ class FromFile:
   def __post_init__(self):
     if not isinstance(self.path, str) or not self.path:
       raise ValueError(
-        'FromFile.path must be the file that `pruning.measure` wrote '
+        'FromFile.path must be the file that `prompt-jax prune` wrote '
         f'(UNITS_PATH), got {self.path!r}.'
       )
 
@@ -180,7 +178,7 @@ class FromFile:
     if made_for != wanted:
       raise ValueError(
         f'{self.path} holds units for {made_for}, but these are needed: '
-        f'{wanted}. Write them with `pruning.measure`.'
+        f'{wanted}. Write them with `prompt-jax prune`.'
       )
     units: dict[str, dict[int, Any]] = {}
     for name, index in arrays.items():
@@ -251,6 +249,7 @@ def measure(
   path: str,
   reduction_factor: int = 8,
   examples: int = 1024,
+  header: Mapping[str, Any] | None = None,
 ) -> Units:
   """Chooses units by squared gradients and writes them for `FromFile`.
 
@@ -263,6 +262,7 @@ def measure(
     path: the file.
     reduction_factor: r.
     examples: how many are read.
+    header: what else the file is to say of itself.
   """
   bare = dataclasses.replace(model, method=None, trainable_patterns=('.*',))
 
@@ -278,6 +278,7 @@ def measure(
     for name, axes in units.items()
     for axis, index in enumerate(axes)
   }
-  header = {'units_of': _sizes(model.config, reduction_factor)}
-  checkpoints.save_trainable(pathlib.Path(path), arrays, header)
+  origin = {'units_of': _sizes(model.config, reduction_factor)}
+  origin |= header or {}
+  checkpoints.save_trainable(pathlib.Path(path), arrays, origin)
   return units

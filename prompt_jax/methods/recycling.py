@@ -17,7 +17,6 @@ google-research/prompt-tuning `prompt_tuning/recycling/recycle.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 import json
 import pathlib
 import re
@@ -30,13 +29,8 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 import optax
 
-from prompt_jax import convert
-from prompt_jax import deltas
-from prompt_jax.methods import saved_prompts
-
 Embedding = Float[np.ndarray, 'V D']
 Prompt = Float[np.ndarray, '*G P D']
-_EMBEDDING = 'token_embedder/embedding'
 
 
 def _words(
@@ -255,74 +249,3 @@ def _cut(ids: list[int], num_words: int, offset: int, where: str) -> np.ndarray:
       f'{num_words} taken: ask for fewer.'
     )
   return np.array(ids[offset : offset + num_words])
-
-
-# ---- the command -------------------------------------------------------------
-
-
-def recycle(
-  source: str,
-  target: str,
-  prompt: str,
-  output: str,
-  method: str = 'v2v-lin',
-  words: str | Sequence[int] | None = None,
-  num_words: int = 4000,
-  offset: int = 1000,
-  **options: Any,
-) -> Prompt:
-  """Writes a prompt of the model `source` as one of the model `target`.
-
-  Args:
-    source: base checkpoint that the prompt was trained on.
-    target: base checkpoint that it is for; both have one vocabulary.
-    prompt: file or run, as `saved_prompts.read` takes it.
-    output: `.npy`, for `initializers.FromFile`.
-    method: a name of `METHODS`.
-    words: a JSON file for `word_list`, or ids; None for all rows.
-    num_words: of a file.
-    offset: words of a file to skip.
-    **options: of `v2v_nn`.
-
-  Returns:
-    What was written: [P, D_t] or, of several tasks, [G, P, D_t].
-
-  Raises:
-    ValueError: no such method, options of another one, a checkpoint without a
-      token embedding, or arrays that do not fit.
-    CheckpointError: a file is not there or not whole.
-  """
-  if method not in METHODS:
-    raise ValueError(
-      f'The method must be one of {", ".join(METHODS)}, got {method!r}.'
-      f'{deltas.near_misses(str(method), METHODS)}'
-    )
-  if options and method != 'v2v-nn':
-    raise ValueError(f'{method} has no options, got {sorted(options)}.')
-  saved = saved_prompts.read(prompt)
-  ids = words
-  if isinstance(words, str):
-    ids = word_list(words, num_words, offset)
-  tables = [_embedding(path) for path in (source, target)]
-  fn = functools.partial(METHODS[method], words=ids, **options)
-  found = fn(*tables, saved.prompts)
-  if len(found) == 1:
-    found = found[0]
-  saved_prompts.write(output, found)
-  before, after = (
-    float(np.linalg.norm(x, axis=-1).mean()) for x in (saved.prompts, found)
-  )
-  print(
-    f'Wrote {output}: {method} of {saved.path}, shape {found.shape}, mean norm '
-    f'of a row {after:.4g} (before: {before:.4g}).'
-  )
-  return found
-
-
-def _embedding(path: str) -> np.ndarray:
-  leaves = convert.open_checkpoint(path).leaves
-  if _EMBEDDING not in leaves:
-    raise ValueError(
-      f'{path} has no {_EMBEDDING!r}.{deltas.near_misses(_EMBEDDING, leaves)}'
-    )
-  return np.asarray(leaves[_EMBEDDING].array(), np.float32)

@@ -14,10 +14,12 @@ from jaxtyping import Float
 import numpy as np
 
 from prompt_jax import checkpoints
+from prompt_jax import paths
 
 FILE = 'trainable.safetensors'
 _PROMPT = 'method/prompt'
 _ROWS = '/rows/table'
+_EMBEDDING = 'token_embedder/embedding'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class SavedPrompts:
   Attributes:
     path: of the file.
     prompts: float32 [G, P, D]; G is 1 but for a method with `num_tasks`.
-    origin: 'base_digest' and 'vocabulary' of the run, as far as the file says.
+    origin: 'base_digest' and 'vocabulary' of the run, and the checksum of its
+      base's 'embedding', as far as the file says.
   """
 
   path: str
@@ -52,7 +55,9 @@ def read(path: str) -> SavedPrompts:
   if file.is_dir():
     file = file / FILE
   if not file.is_file():
-    raise checkpoints.CheckpointError(f'No file {str(file)!r}.')
+    raise checkpoints.CheckpointError(
+      f'No file {str(file)!r}.{paths.near(file)}'
+    )
   # Methods ask for their size again and again; a file may be written anew.
   return _read(path, file, file.stat().st_mtime_ns)
 
@@ -66,6 +71,9 @@ def _read(path: str, file: pathlib.Path, changed: int) -> SavedPrompts:
     origin = {
       k: header[k] for k in ('base_digest', 'vocabulary') if k in header
     }
+    base = json.loads(header.get('base', '{}'))
+    if _EMBEDDING in base:
+      origin['embedding'] = base[_EMBEDDING]
     return SavedPrompts(path, _stacked(path, flat[name], header), origin)
   try:
     found = np.load(file, allow_pickle=False)
@@ -119,13 +127,22 @@ def check_alike(found: Sequence[SavedPrompts]) -> None:
         f'{other.path}: a prompt has shape {shape}, but in {first.path} '
         f'{wanted}; they must be equal.'
       )
-    for key, name in (('base_digest', 'base'), ('vocabulary', 'vocabulary')):
-      mine, its = first.origin.get(key), other.origin.get(key)
-      if None not in (mine, its) and mine != its:
-        raise ValueError(
-          f'{other.path} was trained with another {name} ({its}) than '
-          f'{first.path} ({mine}): their prompts do not mean the same.'
-        )
+    check_same_base(other, first)
+
+
+def check_same_base(other: SavedPrompts, first: SavedPrompts) -> None:
+  """Checks that prompts are of one base and vocabulary, as far as files say.
+
+  Raises:
+    ValueError: they are not.
+  """
+  for key, name in (('base_digest', 'base'), ('vocabulary', 'vocabulary')):
+    mine, its = first.origin.get(key), other.origin.get(key)
+    if None not in (mine, its) and mine != its:
+      raise ValueError(
+        f'{other.path} was trained with another {name} ({its}) than '
+        f'{first.path} ({mine}): their prompts do not mean the same.'
+      )
 
 
 def write(path: str, prompts: Float[np.ndarray, '*G P D']) -> None:

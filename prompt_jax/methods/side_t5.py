@@ -47,26 +47,23 @@ def _step_up(module: Any, s: Float[Array, 'B T E']) -> Float[Array, 'B T E']:
   return gate * s + (1 - gate) * Linear(s.shape[-1], _DOWN, name='down')(h)
 
 
-class SideEncoderLayer(t5.EncoderLayer, kw_only=True):
-  """An encoder layer behind its gate."""
+class _BehindGate(nn.Module, kw_only=True):
+  """What makes a T5 layer one of the side network; `shared` is the layer's."""
 
   temperature: float
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B T E'], *shared: Any):
-    """The layer's output; `shared` as there."""
-    return super().__call__(_step_up(self, x), *shared)
+    layer: Any = super()  # the next class of the two that it is mixed into
+    return layer.__call__(_step_up(self, x), *shared)
 
 
-class SideDecoderLayer(t5.DecoderLayer, kw_only=True):
+class SideEncoderLayer(_BehindGate, t5.EncoderLayer):
+  """An encoder layer behind its gate."""
+
+
+class SideDecoderLayer(_BehindGate, t5.DecoderLayer):
   """A decoder layer behind its gate."""
-
-  temperature: float
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'B U E'], *shared: Any):
-    """The layer's output; `shared` as there."""
-    return super().__call__(_step_up(self, x), *shared)
 
 
 class SideEncoder(t5.Encoder, kw_only=True):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from prompt_jax import deltas
+from prompt_jax import paths
 from prompt_jax.methods import initializers
 from prompt_jax.methods import saved_prompts
 
@@ -99,14 +100,16 @@ class Ranked(NamedTuple):
 
 
 def ranking(
-  target: str, bank: str, kind: str = 'average_tokens'
+  target: str, bank: str | Sequence[str], kind: str = 'average_tokens'
 ) -> list[Ranked]:
   """The prompts of a bank, the most similar to the target's first.
 
   Args:
     target: file of the target task's own prompt; if it lies in the bank, it is
       left out there.
-    bank: a folder; every `.safetensors` in it, at any depth, is read.
+    bank: a folder; every `.safetensors` in it, at any depth, is read, but of a
+      run only the end, not its `best.safetensors`. Or several folders, runs,
+      and files.
     kind: a name of `SIMILARITIES`.
 
   Raises:
@@ -116,24 +119,22 @@ def ranking(
       that holds something else than prompts; a target of several tasks; no such
       kind.
   """
-  own, folder = saved_prompts.read(target), pathlib.Path(bank)
+  own = saved_prompts.read(target)
   if len(own.prompts) != 1:
     raise ValueError(
       f'{target} holds the prompts of {len(own.prompts)} tasks; the target is '
       'one task.'
     )
-  if not folder.is_dir():
-    raise FileNotFoundError(f'No folder of prompts {bank!r}.')
   here = pathlib.Path(target).resolve()
   same = (here, here / saved_prompts.FILE)
-  files = [p for p in folder.rglob('*.safetensors') if p.resolve() not in same]
+  files = [path for path in _files(bank) if path.resolve() not in same]
   if not files:
     raise FileNotFoundError(
       f'{bank}: no .safetensors but the target; put the '
       f'{saved_prompts.FILE} of source runs there.'
     )
   found = []
-  for file in sorted(files):
+  for file in files:
     saved = saved_prompts.read(str(file))
     _check_origin(saved, own)
     for i, prompt in enumerate(saved.prompts):
@@ -141,6 +142,27 @@ def ranking(
       near = similarity(prompt, own.prompts[0], kind)
       found.append(Ranked(path, prompt, near))
   return sorted(found, key=lambda one: -one.similarity)
+
+
+def _files(bank: str | Sequence[str]) -> list[pathlib.Path]:
+  """Of a bank, each once."""
+  found: dict[pathlib.Path, None] = {}
+  for name in [bank] if isinstance(bank, str) else bank:
+    folder = pathlib.Path(name)
+    if folder.is_file():
+      found[folder] = None
+    elif folder.is_dir():
+      found |= dict.fromkeys(
+        path
+        for path in sorted(folder.rglob('*.safetensors'))
+        if path.name != 'best.safetensors'
+        or not (path.parent / saved_prompts.FILE).is_file()
+      )
+    else:
+      raise FileNotFoundError(
+        f'No folder of prompts {name!r}.{paths.near(name)}'
+      )
+  return list(found)
 
 
 def _check_origin(
@@ -153,13 +175,7 @@ def _check_origin(
       f"{saved.path}: a prompt of width {widths[0]}, but the target's is "
       f'{widths[1]} wide: they come from different base models.'
     )
-  for key, what in (('base_digest', 'base'), ('vocabulary', 'vocabulary')):
-    its, mine = saved.origin.get(key), own.origin.get(key)
-    if None not in (its, mine) and its != mine:
-      raise ValueError(
-        f'{saved.path} was trained with another {what} ({its}) than '
-        f'{own.path} ({mine}): their prompts cannot be compared.'
-      )
+  saved_prompts.check_same_base(saved, own)
 
 
 def table(ranked: Sequence[Ranked]) -> str:
@@ -175,8 +191,8 @@ class FromBank:
   most similar, weighted by their similarities (`weights`).
 
   Attributes:
-    bank: a folder of prompts; None for no transfer, which is how the prompts of
-      a bank and the target's own are made.
+    bank: as `ranking` takes it; None for no transfer, which is how the prompts
+      of a bank and the target's own are made.
     target: file of the target task's own prompt.
     top_k: how many prompts are retrieved.
     kind: a name of `SIMILARITIES`.
@@ -186,7 +202,7 @@ class FromBank:
     ValueError: a bank without a target or the reverse; top_k below 1.
   """
 
-  bank: str | None = None
+  bank: str | Sequence[str] | None = None
   target: str | None = None
   top_k: int = 1
   kind: str = 'average_tokens'

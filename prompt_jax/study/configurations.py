@@ -46,7 +46,10 @@ def _resolved(
   flags = [f'{k}={v}' for k, v in bindings]
   gin_utils.parse(files, [*flags, "MIXTURE_OR_TASK_NAME=''"])
   found = {b.key: _stable(b.value) for b in gin_utils.resolved()}
-  return {k: v for k, v in found.items() if k not in ('MODEL_DIR', 'OUTPUT')}
+  apart = {'MODEL_DIR', 'OUTPUT'}
+  if found.get('ROWS_DIR') == 'None':  # cells of studies that knew no such name
+    apart |= {'ROWS_DIR', 'run.Run.rows_dir'}
+  return {k: v for k, v in found.items() if k not in apart}
 
 
 def _stable(value: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import contract
 import helpers
 import jax
 import jax.numpy as jnp
@@ -243,3 +244,13 @@ def test_tasks_have_factors_of_their_own():
 def test_wrong_fields(fields, message):
   with pytest.raises(ValueError, match=message):
     model(GATED, **fields).init_method(jax.random.PRNGKey(0), frozen(GATED))
+
+
+def test_the_rate_is_t_fews():
+  """Up in 6 % of the steps, and down to 0."""
+  flags = ['TRAIN_STEPS=1000', 'DROPOUT_RATE=0.0']
+  [rate] = contract.build(
+    ['%LEARNING_RATE_FN'], str(contract.SMALL), 'ia3', flags
+  )
+  got = [float(rate(step)) for step in (0, 30, 60, 530, 1000)]
+  np.testing.assert_allclose(got, [0, 1.5e-3, 3e-3, 1.5e-3, 0], rtol=1e-5)

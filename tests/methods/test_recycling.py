@@ -10,6 +10,7 @@ import pytest
 from prompt_jax import checkpoints
 from prompt_jax import models
 from prompt_jax import partitioning
+from prompt_jax import recycle
 from prompt_jax import vocabularies
 from prompt_jax.methods import initializers
 from prompt_jax.methods import recycling
@@ -167,7 +168,7 @@ def test_the_command_writes_what_starts_a_prompt(folder, capsys, method):
   output = str(folder / f'{method}.npy')
   options = {'epochs': 2} if method == 'v2v-nn' else {}
   words = list(range(3, 50))
-  recycling.recycle(
+  recycle.recycle(
     str(folder / 's'), str(folder / 't'), str(folder / 'prompt.safetensors'),
     output, method, words, **options,
   )  # fmt: skip
@@ -181,9 +182,9 @@ def test_the_command_writes_what_starts_a_prompt(folder, capsys, method):
 def test_the_command_reads_a_word_list(folder):
   (folder / 'words.json').write_text(json.dumps({i: 'x' for i in range(50)}))
   paths = [str(folder / n) for n in ('s', 't', 'prompt.safetensors', 'w.npy')]
-  got = recycling.recycle(*paths, words=str(folder / 'words.json'),
+  got = recycle.recycle(*paths, words=str(folder / 'words.json'),
                           num_words=20, offset=10)  # fmt: skip
-  want = recycling.recycle(*paths, words=list(range(10, 30)))
+  want = recycle.recycle(*paths, words=list(range(10, 30)))
   np.testing.assert_array_equal(got, want)
 
 
@@ -192,10 +193,10 @@ def test_the_command_refuses(folder):
   with pytest.raises(
     ValueError, match="got 'v2v-line'. Did you mean 'v2v-lin'"
   ):
-    recycling.recycle(*paths, method='v2v-line')
+    recycle.recycle(*paths, method='v2v-line')
   with pytest.raises(ValueError, match=r"v2v-lin has no options, got \['epo"):
-    recycling.recycle(*paths, epochs=3)
+    recycle.recycle(*paths, epochs=3)
   with pytest.raises(ValueError, match=r'written as \.npy'):
-    recycling.recycle(*paths[:3], str(folder / 'x.txt'))
+    recycle.recycle(*paths[:3], str(folder / 'x.txt'))
   with pytest.raises(ValueError):  # a prompt is no base
-    recycling.recycle(paths[2], *paths[1:])
+    recycle.recycle(paths[2], *paths[1:])

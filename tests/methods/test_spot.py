@@ -113,6 +113,22 @@ def test_the_target_in_its_bank_is_left_out(bank):
   assert names(ranked) == ['near', 'mid', 'far']
 
 
+def test_of_a_run_the_end_counts_alone(bank):
+  folder, target = bank
+  save(folder / 'near' / 'best.safetensors', prompts(P, D), BASE)
+  save(folder / 'alone' / 'best.safetensors', prompts(P, D), BASE)
+  ranked = spot.ranking(str(target), str(folder))
+  assert names(ranked) == ['alone', 'near', 'mid', 'far']
+  assert ranked[1].path.endswith('near/trainable.safetensors')
+
+
+def test_a_bank_of_several_places(bank):
+  folder, target = bank
+  places = [str(folder / name) for name in ('mid', 'far.safetensors', 'mid')]
+  ranked = spot.ranking(str(target), places)
+  assert names(ranked) == ['mid', 'far']
+
+
 def test_another_base_is_refused(bank):
   folder, target = bank
   save(folder / 'other.safetensors', prompts(P, D), 'fedcba9876543210')

@@ -35,35 +35,95 @@ def classify(name, **row):
   )  # fmt: skip
 
 
-def test_texts_are_those_of_t5():
-  # Appendix D of the paper.
-  assert classify(
-    'cola', sentence='John made Bill master of himself.', label=1
-  ) == ('cola sentence: John made Bill master of himself.', 'acceptable')
-  assert classify(
-    'sst2', label=1,
-    sentence="it confirms fincher 's status as a film maker",
-  ) == (
-    "sst2 sentence: it confirms fincher 's status as a film maker", 'positive'
+# Inputs and targets of the paper's appendix D, long ones cut; fields are in the
+# order of T5's code.
+APPENDIX = [
+  ('cola', {'sentence': 'John made Bill master of himself.', 'label': 1},
+   'cola sentence: John made Bill master of himself.', 'acceptable'),
+  ('rte', {'sentence1': "A smaller proportion of Yugoslavia's Italians were "
+                        'settled in Slovenia.',
+           'sentence2': 'Slovenia has 3,000 inhabitants.', 'label': 1},
+   "rte sentence1: A smaller proportion of Yugoslavia's Italians were settled "
+   'in Slovenia. sentence2: Slovenia has 3,000 inhabitants.',
+   'not_entailment'),
+  ('mnli', {'premise': 'yeah well losing is i mean',
+            'hypothesis': 'The St. Louis Cardinals have always won.',
+            'label': 2},
+   'mnli hypothesis: The St. Louis Cardinals have always won. premise: yeah '
+   'well losing is i mean', 'contradiction'),
+  ('mrpc', {'sentence1': 'We acted .', 'sentence2': 'Rather , the US acted .',
+            'label': 1},
+   'mrpc sentence1: We acted . sentence2: Rather , the US acted .',
+   'equivalent'),
+  ('qnli', {'question': 'Where did Jebe die?',
+            'sentence': 'Jebe died on the road back to Samarkand.',
+            'label': 0},
+   'qnli question: Where did Jebe die? sentence: Jebe died on the road back '
+   'to Samarkand.', 'entailment'),
+  ('qqp', {'question1': 'What attributes would have made you highly desirable '
+                        'in ancient Rome?',
+           'question2': 'How I GET OPPERTINUTY TO JOIN IT COMPANY AS A '
+                        'FRESHER?', 'label': 0},
+   'qqp question1: What attributes would have made you highly desirable in '
+   'ancient Rome? question2: How I GET OPPERTINUTY TO JOIN IT COMPANY AS A '
+   'FRESHER?', 'not_duplicate'),
+  ('sst2', {'sentence': "it confirms fincher 's status as a film maker",
+            'label': 1},
+   "sst2 sentence: it confirms fincher 's status as a film maker",
+   'positive'),
+  ('wnli', {'sentence1': 'A', 'sentence2': 'B', 'label': 1},
+   'wnli sentence1: A sentence2: B', 'entailment'),
+  ('mnli_matched', {'premise': 'P', 'hypothesis': 'H', 'label': 0},
+   'mnli hypothesis: H premise: P', 'entailment'),
+  ('mnli_mismatched', {'premise': 'P', 'hypothesis': 'H', 'label': 1},
+   'mnli hypothesis: H premise: P', 'neutral'),
+  ('ax', {'premise': 'P', 'hypothesis': 'H', 'label': -1},
+   'mnli hypothesis: H premise: P', '<unk>'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'row', 'inputs', 'target'), APPENDIX)
+def test_texts_are_those_of_t5(name, row, inputs, target):
+  assert classify(name, **row) == (inputs, target)
+
+
+def test_every_set_has_its_text_here():
+  assert {name for name, *_ in APPENDIX} == set(glue.SPECS) - {'stsb'}
+
+
+def test_stsb_is_that_of_t5():
+  row = {
+    'sentence1': 'Representatives for Puretunes could not immediately be '
+    'reached for comment Wednesday.',
+    'sentence2': 'Puretunes representatives could not be located Thursday to '
+    'comment on the suit.',
+    'label': 3.25,
+    'idx': 0,
+  }
+  assert text(preprocessors.stsb, row, name='stsb') == (
+    f'stsb sentence1: {row["sentence1"]} sentence2: {row["sentence2"]}', '3.2'
   )  # fmt: skip
-  assert classify('mrpc', sentence1='We did.', sentence2='I did.', label=0) == (
-    'mrpc sentence1: We did. sentence2: I did.', 'not_equivalent'
-  )  # fmt: skip
-  assert classify('qqp', question1='A?', question2='B?', label=1) == (
-    'qqp question1: A? question2: B?', 'duplicate'
-  )  # fmt: skip
-  assert classify('mnli', premise='P', hypothesis='H', label=2) == (
-    'mnli hypothesis: H premise: P', 'contradiction'
-  )  # fmt: skip
-  assert classify('qnli', question='Q?', sentence='S', label=0) == (
-    'qnli question: Q? sentence: S', 'entailment'
-  )  # fmt: skip
-  assert (
-    classify('wnli', sentence1='A', sentence2='B', label=1)[1] == 'entailment'
-  )
-  assert classify('ax', premise='P', hypothesis='H', label=-1) == (
-    'mnli hypothesis: H premise: P', '<unk>'
-  )  # fmt: skip
+
+
+def test_transfer_in_the_words_of_the_source():
+  tried = seqio.TaskRegistry.get('glue_qqp_from_mrpc')
+  assert list(tried.splits) == ['validation']
+  with tfds.testing.mock_data(num_examples=4):
+    ds = tried.get_dataset(
+      LENGTHS, split='validation', shuffle=False, try_in_mem_cache=False
+    )
+    rows = list(ds.as_numpy_iterator())
+  targets = {row['targets_pretokenized'].decode() for row in rows}
+  assert targets <= {'not_equivalent', 'equivalent'}
+  mixture = seqio.MixtureRegistry.get('glue_mrpc_to_qqp')
+  assert {t.name for t in mixture.tasks} == {'glue_mrpc', 'glue_qqp_from_mrpc'}
+  targets = [tried.postprocess_fn(t) for t in ('equivalent', 'not_equivalent')]
+  said = [tried.postprocess_fn(t) for t in ('equivalent', 'duplicate')]
+  scores = {}
+  for metric in tried.metric_fns:
+    scores |= metric(targets, said)
+  # A word of QQP is none of the model's: it counts as the other label.
+  assert scores == {'f1': pytest.approx(100 * 2 / 3), 'accuracy': 50.0}
 
 
 @pytest.mark.parametrize(

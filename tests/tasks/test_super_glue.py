@@ -34,26 +34,105 @@ def text(name, row):
   ]
 
 
-def test_texts_are_those_of_t5():
-  assert text('boolq', {'question': 'is it', 'passage': 'P.', 'label': 1}) == [
-    ('boolq passage: P. question: is it', 'True')
-  ]
-  assert text('cb', {'premise': 'P', 'hypothesis': 'H', 'label': 1}) == [
-    ('cb hypothesis: H premise: P', 'contradiction')
-  ]
-  row = {'premise': 'P', 'choice1': 'A', 'choice2': 'B', 'question': 'effect',
-         'label': 1}  # fmt: skip
-  assert text('copa', row) == [
-    ('copa choice1: A choice2: B premise: P question: effect', 'choice2')
-  ]
-  row = {'sentence1': 'A', 'sentence2': 'B', 'word': 'w', 'label': 0,
-         'start1': 1}  # fmt: skip
-  assert text('wic', row) == [
-    ('wic sentence1: A sentence2: B word: w', 'False')
-  ]
-  assert text('axb', {'sentence1': 'P', 'sentence2': 'H', 'label': -1}) == [
-    ('rte hypothesis: H premise: P', '<unk>')
-  ]
+# Inputs and targets of the paper's appendix D where it has them, long ones cut;
+# else of T5's code, whose COPA has `choice2` where the appendix has `True`, and
+# whose WiC has no part of speech.
+APPENDIX = [
+  ('boolq', {'question': 'is it', 'passage': 'P.', 'label': 1},
+   'boolq passage: P. question: is it', 'True'),
+  ('cb', {'premise': 'Valence the void-brain, Valence the virtuous valet.',
+          'hypothesis': 'Valence was helping', 'label': 1},
+   'cb hypothesis: Valence was helping premise: Valence the void-brain, '
+   'Valence the virtuous valet.', 'contradiction'),
+  ('copa', {'premise': 'Political violence broke out in the nation.',
+            'choice1': 'Many citizens relocated to the capitol.',
+            'choice2': 'Many citizens took refuge in other territories.',
+            'question': 'effect', 'label': 1},
+   'copa choice1: Many citizens relocated to the capitol. choice2: Many '
+   'citizens took refuge in other territories. premise: Political violence '
+   'broke out in the nation. question: effect', 'choice2'),
+  ('multirc', {'question': 'Why was Joey surprised?', 'label': 1,
+               'answer': 'There was only pie to eat', 'idx': {
+                 'paragraph': 5, 'question': 1, 'answer': 3},
+               'paragraph': '<b>Sent 1: </b>Once upon a time, there was a '
+                            'squirrel named Joey.<br>'},
+   'multirc question: Why was Joey surprised? answer: There was only pie to '
+   'eat paragraph: Sent 1: Once upon a time, there was a squirrel named '
+   'Joey. ', 'True'),
+  ('record', {'query': 'Mr @placeholder won.', 'entities': ['Ann', 'Bob'],
+              'passage': 'P.', 'answers': ['Ann'],
+              'idx': {'passage': 1, 'query': 2}},
+   'record query: Mr @placeholder won. entities: Ann, Bob passage: P.', 'Ann'),
+  ('rte', {'premise': 'P', 'hypothesis': 'H', 'label': 0},
+   'rte hypothesis: H premise: P', 'entailment'),
+  ('wic', {'sentence1': 'It was the deliberation of his act that was '
+                        'insulting .',
+           'sentence2': 'The deliberations of the jury .',
+           'word': 'deliberation', 'label': 0, 'start1': 1},
+   'wic sentence1: It was the deliberation of his act that was insulting . '
+   'sentence2: The deliberations of the jury . word: deliberation', 'False'),
+  ('axb', {'sentence1': 'P', 'sentence2': 'H', 'label': -1},
+   'rte hypothesis: H premise: P', '<unk>'),
+  ('axg', {'premise': 'P', 'hypothesis': 'H', 'label': -1},
+   'rte hypothesis: H premise: P', '<unk>'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'row', 'inputs', 'target'), APPENDIX)
+def test_texts_are_those_of_t5(name, row, inputs, target):
+  assert text(name, row) == [(inputs, target)]
+
+
+def test_every_set_has_its_text_here():
+  assert {name for name, *_ in APPENDIX} == set(super_glue.SPECS)
+
+
+STABLE = {
+  'text': 'The stable was very roomy, with four good stalls; a large swinging '
+  'window opened into the yard , which made it pleasant and airy.',
+  'span1_text': 'stable', 'span1_index': 1,
+  'span2_text': 'it', 'span2_index': 20,
+  'label': 1, 'idx': 0,
+}  # fmt: skip
+
+
+def test_wsc_is_that_of_t5():
+  row = {key: tf.constant(value) for key, value in STABLE.items()}
+  example = preprocessors.wsc(row, name='wsc')
+  assert example['inputs'].numpy().decode() == (
+    'wsc: The stable was very roomy, with four good stalls; a large swinging '
+    'window opened into the yard , which made *it* pleasant and airy.'
+  )
+  assert example['targets'].numpy() == b'stable'
+
+
+@pytest.mark.parametrize(
+  ('changes', 'expected', 'target'),
+  [
+    ({}, 'The * stable * was very roomy, with four good stalls; a large '
+     'swinging window opened into the yard , which made # it # pleasant and '
+     'airy.', 'True'),
+    # T5's own example, the pronoun first.
+    ({'text': 'This is a test sentence .', 'span1_text': 'test',
+      'span1_index': 3, 'span2_text': 'This', 'span2_index': 0, 'label': 0},
+     '# This # is a * test * sentence .', 'False'),
+    # Several words; punctuation sticks to the span; capitals do not matter.
+    ({'text': 'I told the tall man, his dog bit.', 'span1_index': 2,
+      'span1_text': 'The tall man', 'span2_text': 'his', 'span2_index': 5},
+     'I told * the tall man *, # his # dog bit.', 'True'),
+    # An index that is one too small, and a candidate that is not there.
+    ({'text': 'Ann saw him', 'span1_text': 'Bob', 'span1_index': 0,
+      'span2_text': 'him', 'span2_index': 1, 'label': -1},
+     'Ann saw # him #', '<unk>'),
+  ],
+)  # fmt: skip
+def test_wsc_as_true_or_false(changes, expected, target):
+  row = {k: tf.constant(v) for k, v in {**STABLE, **changes}.items()}
+  example = preprocessors.wsc_true_false(row, name='wsc')
+  assert example['inputs'].numpy().decode() == f'wsc text: {expected}'
+  assert example['targets'].numpy().decode() == target
+  taskless = preprocessors.wsc_true_false(row, name='')
+  assert taskless['inputs'].numpy().decode() == f'text: {expected}'
 
 
 def test_multirc_loses_its_markup():
@@ -151,7 +230,12 @@ def test_names_and_labels(names):
     'super_glue_wsc',
   } <= set(names)
   assert tasks.LABELS['taskless_super_glue_cb'][1] == 'contradiction'
-  assert not any('wsc' in name or 'record' in name for name in tasks.LABELS)
+  assert not any('record' in name for name in tasks.LABELS)
+  wsc = {name for name in tasks.LABELS if 'wsc' in name}
+  assert wsc == {
+    'super_glue_wsc_true_false',
+    'taskless_super_glue_wsc_true_false',
+  }
 
 
 @pytest.mark.parametrize('name', list(super_glue.SPECS))
@@ -235,6 +319,19 @@ def test_all_real_wsc_rows(shared, local_task):
     plain = inputs.removeprefix('wsc: ').replace('*', '').replace(' ', '')
     assert plain == original['text'].replace('*', '').replace(' ', '')
     assert row['targets_pretokenized'].decode() == original['span1_text']
+
+
+def test_all_real_wsc_rows_as_true_or_false(shared, local_task):
+  task = local_task('super_glue_wsc_true_false', 'superglue_wsc')
+  path = shared / 'data' / 'superglue_wsc' / 'train.jsonl'
+  originals = [json.loads(line) for line in path.open()]
+  ds = task.get_dataset(None, shuffle=False, try_in_mem_cache=False)
+  for row, original in zip(ds.as_numpy_iterator(), originals, strict=True):
+    inputs = row['inputs_pretokenized'].decode().removeprefix('wsc text: ')
+    assert f'# {original["span2_text"]} #' in inputs
+    marked = f'* {original["span1_text"]} *'.replace('\n', ' ').lower()
+    assert marked in inputs.lower()
+    assert row['targets_pretokenized'] == [b'False', b'True'][original['label']]
 
 
 def test_real_multirc_rows(shared, local_task):
