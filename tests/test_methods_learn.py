@@ -1,4 +1,4 @@
-"""IPT and PPT learn: the experiments in scripts/, made short."""
+"""MPT, IPT, PPT and P-tuning learn: the experiments in scripts/, made short."""
 
 import pathlib
 import sys
@@ -13,8 +13,8 @@ def scripts(monkeypatch):
   """Their imports of each other work."""
   monkeypatch.syspath_prepend(str(SCRIPTS))
   yield
-  for name in ('small_runs', 'ipt_recovery', 'ppt_few_shot'):
-    sys.modules.pop(name, None)
+  for name in SCRIPTS.glob('*.py'):
+    sys.modules.pop(name.stem, None)
 
 
 @pytest.mark.slow
@@ -52,3 +52,36 @@ def test_a_pretrained_prompt_needs_few_examples(scripts):
   words = [experiment.few_shot(s, False) for s in seeds]
   print(pretrained, words)
   assert min(pretrained) > max(words) + 10
+
+
+@pytest.mark.slow
+def test_few_examples_are_enough_after_source_tasks(scripts, tmp_path):
+  import mpt_few_shot  # pyright: ignore
+
+  experiment = mpt_few_shot.Experiment(tmp_path)
+  assert experiment.base > 0.99
+  assert experiment.teachers.mean() > 0.9
+  assert experiment.sources.mean() > 0.8
+  found = experiment.few_shot(8)
+  print(experiment.teachers, experiment.sources, found)
+  assert found['MPT'] > found['Prompt tuning'] + 5
+  mpt_few_shot.write(experiment, {8: found}, tmp_path)
+  assert (tmp_path / 'accuracy.png').stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_encoded_prompts_reach_prompt_tuning(scripts, tmp_path):
+  import p_tuning_curve  # pyright: ignore
+
+  experiment = p_tuning_curve.Experiment()
+  steps = 400
+  found = {
+    method.name: [experiment.accuracy(method, steps)]
+    for method in p_tuning_curve.METHODS
+  }
+  print(found)
+  [reached] = found['Prompt tuning']
+  assert found['P-tuning, MLP'] >= [reached - 1]
+  assert found['P-tuning, LSTM'] >= [reached - 1]
+  p_tuning_curve.write(found, [steps], tmp_path)
+  assert (tmp_path / 'accuracy.png').stat().st_size > 10_000
