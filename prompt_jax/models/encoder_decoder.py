@@ -227,7 +227,10 @@ class EncoderDecoderModel:
       num_microbatches: whose losses are added up; a penalty counts once.
     """
     params, found, penalty = self.lay(frozen, trainable, batch, rng)
-    logits = self.apply(params, found, batch, rng)
+    auxiliary = getattr(self.method, 'auxiliary_loss', None)
+    more = {'mutable': ['intermediates']} if auxiliary else {}
+    seen = self.apply(params, found, batch, rng, **more)
+    logits = seen[0] if auxiliary else seen
     targets = batch['decoder_target_tokens']
     weights = batch.get('decoder_loss_weights')
     loss, z_loss, weight_sum = losses.compute_weighted_cross_entropy(
@@ -239,9 +242,7 @@ class EncoderDecoderModel:
       loss_normalizing_factor=loss_normalizing_factor,
     )
     penalty /= num_microbatches
-    if auxiliary := getattr(self.method, 'auxiliary_loss', None):
-      # The same forward pass, compiled once.
-      seen = self.apply(params, found, batch, rng, mutable=['intermediates'])
+    if auxiliary:
       added = auxiliary(self, frozen, params, found, batch, seen) * weight_sum
       factor = loss_normalizing_factor
       penalty += added if factor is None else added / factor
