@@ -228,20 +228,19 @@ def on_targets(method, optimizer, rate, params, shots, steps=100):
   states = jax.tree.map(lambda *x: jnp.stack(x), *states)
   go = many_steps(model, optimizer, rate)
 
-  def one(state, data, validation, test, taken, scale):
+  def one(run, scale):
+    state, data, validation, test, taken = run
     before = accuracy(model, params, state.trainable, test)
     state, _ = go(state, params, data, taken, scale)
     trained = state.trainable
     found = (accuracy(model, params, trained, x) for x in (validation, test))
     return *found, before
 
-  every = jit(jax.vmap(one, (0, 0, 0, 0, 0, None)))
+  # Mapped: on a CPU faster than batched.
+  every = jit(lambda runs, scale: jax.lax.map(lambda r: one(r, scale), runs))
+  each = states, data, validation, test, taken
   found = [
-    tuple(
-      float(x.mean())
-      for x in every(states, data, validation, test, taken, scale)
-    )
-    for scale in SCALES
+    tuple(float(x.mean()) for x in every(each, scale)) for scale in SCALES
   ]
   print('Validation, test, before:', np.round(found, 3).tolist(), flush=True)
   _, after, before = max(found)

@@ -198,10 +198,18 @@ def build(references, model, name, flags):
     gin_utils.clear()
 
 
+def macros(name: str) -> set[str]:
+  """Those that a method's file binds, or one that it includes."""
+  text = (FOLDER / f'{name}.gin').read_text()
+  found = set(re.findall(r'^([A-Z_]+) *=', text, re.M))
+  for included in re.findall(r"^include 'methods/(\w+)\.gin'", text, re.M):
+    found |= macros(included)
+  return found
+
+
 @functools.cache
 def setup(name: str) -> Setup:
-  text = (FOLDER / f'{name}.gin').read_text()
-  bound = set(re.findall(r'^([A-Z_]+) *=', text, re.M))
+  bound = macros(name)
   flags = [f'{k}={v}' for k, v in SMALLER.items() if k in bound]
   flags.append('DROPOUT_RATE=0.1')  # which only a training step has
   parts = ('%MODEL', '%OPTIMIZER', '%LEARNING_RATE_FN')

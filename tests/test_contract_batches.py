@@ -141,14 +141,13 @@ def test_scanned_layers_are_the_loop(name):
   s = contract.setup(name)
   model = contract.other(s, scan_layers=False)
   network = contract.unrolled(s.network)
-  _, frozen = model.split(network)
   moved = helpers.NOTHING | contract.unrolled(s.moved)
   loop = dataclasses.replace(s, model=model)
   method = model.init_method(jax.random.PRNGKey(0), network)
   wanted = {**moved, 'method': partitioning.unbox(method)}
   checkpoints.check_shapes(moved, wanted, name)
   np.testing.assert_allclose(
-    loop.logits(frozen, moved, s.batches[0]),
+    loop.logits(loop.frozen, moved, s.batches[0]),
     s.logits(s.frozen, s.moved, s.batches[0]),
     **CLOSE,
   )
@@ -170,7 +169,7 @@ def test_mesh_of_2x4_is_one_device(name):
   run = run_lib.Run(s.model, 'none', LENGTHS, partitioner=partitioner)
   network, frozen = s.model.split(s.network)
   places = train_state.unflatten(run.network_shardings)
-  frozen = jax.device_put(frozen, s.model.split(places)[1])
+  frozen = {**s.frozen, **jax.device_put(frozen, s.model.split(places)[1])}
   state = s.start()
   abstract = run.abstract_state(
     s.optimizer, run_lib.Base(frozen, network, {}, 0)

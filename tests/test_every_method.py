@@ -1,7 +1,6 @@
 """Every method's file by the command line: trained, exported, read again."""
 
 import json
-import re
 
 import commands
 import contract
@@ -26,10 +25,7 @@ def data(tmp_path_factory):
 
 def train(name, data, folder, vocabulary):
   """The arguments that train a method's file on tiny."""
-  text = (contract.FOLDER / f'{name}.gin').read_text()
-  for included in re.findall(r"^include 'methods/(.+)'", text, re.M):
-    text += (contract.FOLDER / included).read_text()
-  bound = set(re.findall(r'^([A-Z_]+) *=', text, re.M))
+  bound = contract.macros(name)
   macros = {k: v for k, v in SIZES.items() if k in bound}
   macros |= {**RUN, 'VOCABULARY_PATH': vocabulary}
   plain = commands.train(data, model_dir=folder)
