@@ -27,7 +27,10 @@ _COMMANDS = {
   'ensemble': ('ensemble.ensemble', 'several runs of a method, by vote'),
   'export': ('export.export', 'write a run as what is needed to use it'),
   'prune': ('prune.prune', 'choose units of a base, for ladder side tuning'),
+  'autoprompt': ('autoprompt.autoprompt', 'search trigger tokens or words'),
+  'lmbff': ('lmbff.lmbff', 'search templates, words or demonstrations'),
   'find_lr': ('finder.find_lr', 'try learning rates in short runs'),
+  'instruct': ('tuning.tune', 'instruction tuning: T0, FLAN, Natural Instr.'),
 }
 
 _EPILOG = """\

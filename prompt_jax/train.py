@@ -222,9 +222,11 @@ def _compile(run: run_lib.Run, abstract: Any, step_fn: Any) -> Any:
 
 def _lengths(run: run_lib.Run, split: str) -> str:
   """How many texts are cut; said once, before the first step."""
+  provider = datasets.find_task(run.mixture_or_task_name)
   return '\n'.join(
-    str(datasets.length_report(name, split, run.task_feature_lengths))
-    for name in run.task_names
+    str(datasets.length_report(task.name, split, run.task_feature_lengths))
+    for task in datasets.subtasks(provider)
+    if split in task.splits  # others of a mixture are evaluated only
   )
 
 

@@ -20,6 +20,11 @@ COMPANIONS = {
   'runs': ['models/tiny.gin', 'methods/soft_prompt.gin'],
   'studies': [],
   **{f'runs/{name}.gin': [] for name in tools.TOOLS},  # they need no model
+  # They have no method.
+  **{
+    f'runs/{name}.gin': ['models/tiny.gin']
+    for name in ('search', 'autoprompt', 'lmbff')
+  },
 }
 # What files may leave open for others, or for the command line.
 OPEN = {
