@@ -211,7 +211,12 @@ def _set_up(debug: bool) -> None:
   # Not absl's handler: it warns of flags that have not been parsed.
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-  logging.getLogger().addHandler(handler)
+  handler.set_name('prompt-jax')
+  root = logging.getLogger()
+  for old in root.handlers[:]:  # of a command before, in the same process
+    if old.get_name() == handler.get_name():
+      root.removeHandler(old)
+  root.addHandler(handler)
   if not debug:
     handler.addFilter(_Ours())
     # The checkpointer's threads hand on what fails in them; that is enough.

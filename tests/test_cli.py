@@ -100,6 +100,7 @@ def test_what_a_run_leaves(run):
   assert 'Traceback' not in log
 
 
+@pytest.mark.slow
 def test_directory_of_a_run_is_enough(run, data, here, tmp_path):
   where = f'--model_dir={run}'
   status, out, _ = here('eval', where)

@@ -7,7 +7,7 @@ so, the sentences `Starts at the frozen model.`, `Not for packed rows.` and
 tests/methods.
 
 Every claim is tested for every method, those that compile most only by
-`make slow`, but for four methods of different kinds.
+`make slow`, but for two methods of different kinds.
 """
 
 import dataclasses

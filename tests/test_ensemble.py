@@ -179,6 +179,7 @@ def test_what_cannot_stand_together(run, loaded):
 
 
 @pytest.mark.parametrize('combine', ensemble.COMBINE)
+@pytest.mark.slow
 def test_ensemble_is_n_separate_runs(run, loaded, calls, alone, combine):
   call, one = calls[combine], alone
   _, trainable = members.stack(run.model, loaded)
@@ -265,6 +266,7 @@ def test_unknown_combine_is_refused(run):
 # ---- the command -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_writes_metrics_and_answers(folder, run, capsys):
   output = folder / 'out' / 'ensemble.json'
   found = ensemble.ensemble(

@@ -95,6 +95,7 @@ def found(make, trained, tmp_path_factory):
     pytest.param('decoder_only', marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 class TestCommandsAgree:
   def test_every_row_once_in_order(self, kind, data, found):
     _, inferred, scored = found(kind)

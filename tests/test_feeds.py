@@ -170,6 +170,7 @@ def test_killed_run_goes_on(run, whole, tmp_path, monkeypatch, calls):
   assert runs.trained(tmp_path) == runs.trained(whole)
 
 
+@pytest.mark.slow
 def test_mesh_changes_nothing(data, whole, tmp_path):
   runs.go(runs.make(data, mesh=(2, 4)), tmp_path / 'mesh', resident_rows=45)
   got, want = runs.losses(tmp_path / 'mesh'), runs.losses(whole)
@@ -179,6 +180,7 @@ def test_mesh_changes_nothing(data, whole, tmp_path):
     runs.go(wide, tmp_path / 'six', resident_rows=45, batch_size=6)
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_stops_within_a_dispatch(run, whole, tmp_path):
   def rate(step):
     return jax.numpy.where(step == 5, 1e30, 0.3)

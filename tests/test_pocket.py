@@ -293,6 +293,7 @@ def test_labels_are_those_of_the_sentences(registered):
   assert group == ['food', 'trade', 'travel', 'health']
 
 
+@pytest.mark.slow
 def test_designs_stand_before_the_same_sentences(registered):
   for name, spec in pocket.SPECS.items():
     plain = rows(f'pocket2_{name}', 'test')

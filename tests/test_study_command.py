@@ -13,6 +13,7 @@ from prompt_jax.study import progress
 
 
 @pytest.mark.parametrize('name', ['pocket', 'docstrings'])
+@pytest.mark.slow
 def test_study_goes_on_as_it_was_given(tmp_path, name):
   """Sizes stand in the order of size, which is not that of the alphabet."""
   given = command.load([f'studies/{name}.gin'], ['plan.Study.seeds=(0,)'])

@@ -119,6 +119,7 @@ def test_picture_marks_what_diverged():
 # ---- runs --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command(data, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(cli, '_set_up', lambda debug: None)
   of_train = dict.fromkeys(('LOG_PERIOD', 'EVAL_PERIOD', 'CHECKPOINT_PERIOD'))
@@ -159,6 +160,7 @@ def test_nothing_to_rank(data, without):
   assert not finder._has_labels(made, CONFIG)
 
 
+@pytest.mark.slow
 def test_loss_alone(data, tmp_path):
   # The last rate is too high for float32.
   middle = 1e30

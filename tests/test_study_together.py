@@ -101,6 +101,7 @@ def _best(run, folder, base):
   return run.load_trainable(str(folder / 'best.safetensors'), base)
 
 
+@pytest.mark.slow
 def test_members_differ(data):
   _, outcomes, cost = _found(data, 'prompt')
   prompts = [o.trainable['method']['prompt'] for o in outcomes]
@@ -110,6 +111,7 @@ def test_members_differ(data):
   assert cost.step_seconds > 0
 
 
+@pytest.mark.slow
 def test_run_that_is_not_finite_leaves_the_others(data):
   _, want, _ = _found(data, 'prompt')
   members = (*MEMBERS[:2], together.Member('user_data', 0, 1e32))
@@ -128,6 +130,7 @@ def test_run_that_is_not_finite_leaves_the_others(data):
     jax.tree.map(np.testing.assert_array_equal, a.trainable, b.trainable)
 
 
+@pytest.mark.slow
 def test_nothing_to_train(data):
   run = runs.make(data, method=None)
   outcomes, _, cost = together.train(

@@ -157,6 +157,7 @@ def test_batches_hold_a_few_tasks_in_their_own_order():
     assert {len(set(seen[name])), len(seen[name]) > size} == {size, True}
 
 
+@pytest.mark.slow
 def test_goes_on_from_any_position():
   whole = iterator()
   batches = [next(whole) for _ in range(6)]

@@ -190,6 +190,7 @@ def test_soft_tokens_and_blanks_are_one_token_each():
     texts(columns, template, lengths={'inputs': 5})
 
 
+@pytest.mark.slow
 def test_pieces_of_a_sentencepiece_model(shared):
   path = shared / 'data' / 't5_vocab' / 'spiece.model'
   vocabulary = vocabularies.sentencepiece(str(path))

@@ -63,7 +63,10 @@ class Remembered:
 def quick(monkeypatch):
   """For tests in which the data are not the point."""
   fake = types.SimpleNamespace(
-    TrainIterator=Remembered, length_report=lambda *_: ''
+    TrainIterator=Remembered,
+    length_report=lambda *_: '',
+    find_task=train.datasets.find_task,
+    subtasks=train.datasets.subtasks,
   )
   monkeypatch.setattr(train, 'datasets', fake)
 

@@ -101,6 +101,7 @@ FULL = {  # run: model, initial step, steps to compare
 
 @pytest.mark.parametrize('scan', [True, False], ids=['scan', 'loop'])
 @pytest.mark.parametrize('run', FULL)
+@pytest.mark.slow
 def test_fine_tuning_trajectory_is_the_reference(shared, run, scan):
   name, initial, steps = FULL[run]
   text = (shared / 'goldens' / 'train_trajectory.json').read_text()
@@ -196,6 +197,7 @@ def _batch(model, rows=8, seed=0):
     pytest.param(7.0, marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 def test_microbatches_add_up_to_the_batch(factor):
   model, params = _small()
   model = dataclasses.replace(model, loss_normalizing_factor=factor)
@@ -216,6 +218,7 @@ def test_microbatches_add_up_to_the_batch(factor):
   )
 
 
+@pytest.mark.slow
 def test_runs_train_together_as_alone():
   """vmap over states, batches and learning rates; frozen weights unbatched."""
   model, params = _small()
@@ -252,6 +255,7 @@ def test_loss_that_is_not_finite_leaves_the_state():
   jax.tree.map(np.testing.assert_array_equal, new, state)
 
 
+@pytest.mark.slow
 def test_dropout_differs_by_step_and_is_repeatable():
   model, params = _small(dropout_rate=0.3)
   optimizer = _prompt_optimizer()

@@ -32,6 +32,7 @@ BYTES = vocabularies.bytes_vocabulary(0)
 TEXT = 'it was'  # an id a byte: six pieces
 
 
+@pytest.mark.slow
 def test_keys_and_values_are_projections_of_the_normed_input():
   """In the encoder: of the embeddings, then of the first layer's output."""
   inputs = batch()['encoder_input_tokens']
@@ -50,6 +51,7 @@ def test_keys_and_values_are_projections_of_the_normed_input():
       np.testing.assert_allclose(got[layer].reshape(want.shape), want, **CLOSE)
 
 
+@pytest.mark.slow
 def test_plain_form_starts_at_a_text():
   init = activations.RealActivations(TEXT, BYTES, target_text='or not')
   of = model(mlp_dim=None, length=6, num_tasks=2, prefix_init=init)
@@ -80,6 +82,7 @@ def test_gin_starts_at_a_text(name):
   assert init == activations.RealActivations(TEXT, of.vocabulary)
 
 
+@pytest.mark.slow
 def test_mlp_is_fitted_to_a_text():
   """Adam on the mean squared error; the embeddings stay as they were drawn."""
   steps, rate = 20, 1e-3

@@ -75,6 +75,7 @@ ALL = {
 }
 
 
+@pytest.mark.slow
 def test_houlsby_is_everywhere_but_after_cross_attention():
   want = ALL - {'decoder/layers/encoder_decoder_attention'}
   assert places(lay(Adapters(M))) == want
@@ -85,6 +86,7 @@ def test_houlsby_is_everywhere_but_after_cross_attention():
   assert places(lay(two)) == {p for p in ALL if 'encoder/layers/att' not in p}
 
 
+@pytest.mark.slow
 def test_unscanned_layers_are_places_of_their_own():
   found = lay(Adapters(M), scan=False)
   assert len(found) == 4 * L

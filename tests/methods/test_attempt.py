@@ -179,6 +179,7 @@ def test_padding_and_soft_tokens_are_no_text(network):
   assert np.abs(rows(of, network, own, changed) - want).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_row_of_padding_is_finite(network):
   of = model()
   given = batch(of)

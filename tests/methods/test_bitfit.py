@@ -114,6 +114,7 @@ def test_a_bias_stands_behind_its_projection():
   )
 
 
+@pytest.mark.slow
 def test_a_bias_of_keys_changes_nothing_without_a_prefix():
   batch = helpers.random_batch(CONFIG)
   own = biases(targets=KEYS)

@@ -149,6 +149,7 @@ def test_reference(shared, combine):
 # ---- what it does ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_replace_is_a_prefix_of_the_projected_prompts():
   """Preceding, K_l = LN_l(P_l) W_k and V_l alike; on the text's rows."""
   prompts = draw(L, P, D)

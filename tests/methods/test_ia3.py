@@ -165,6 +165,7 @@ def test_count_is_the_papers_formula():
 
 
 @pytest.mark.parametrize('config', [GATED, RELU], ids=['gated', 'relu'])
+@pytest.mark.slow
 def test_ones_change_not_a_bit(config):
   own = start(config)
   assert all((x == 1).all() for x in own.values())

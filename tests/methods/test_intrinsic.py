@@ -153,6 +153,7 @@ def test_dense_entries_are_normal():
 
 
 @every_projection
+@pytest.mark.slow
 def test_gradients_are_the_transpose(name):
   matrix = project(name, jnp.eye(6), 30)
   weights = normal(30)
@@ -169,6 +170,7 @@ def test_gradients_are_the_transpose(name):
 
 
 @every_projection
+@pytest.mark.slow
 def test_prompt_is_its_start_and_the_projection(name):
   method = IntrinsicPrompt(P, 7, projection=name, seed=5, num_tasks=2)
   of = model(method)
@@ -184,6 +186,7 @@ def test_prompt_is_its_start_and_the_projection(name):
   np.testing.assert_array_equal(at_start[0], np.tile(start, (2, 1)))
 
 
+@pytest.mark.slow
 def test_prompt_at_the_start_is_prompt_tuning():
   init = initializers.SampledVocab(20)
   of = model(IntrinsicPrompt(P, 7, init))
@@ -202,6 +205,7 @@ TARGETS = '.*/(query|wo)'
 
 
 @pytest.mark.parametrize('aware', [False, True])
+@pytest.mark.slow
 def test_model_at_the_start_is_the_frozen_one(aware):
   of = model(IntrinsicModel(60, structure_aware=aware))
   own = made(of)
@@ -239,6 +243,7 @@ def test_kernels_are_the_projections(name):
   assert len(found) == 5 and len(set(maps)) == len(maps) == 10
 
 
+@pytest.mark.slow
 def test_folded_weights_are_the_same_model():
   of = model(IntrinsicModel(30))
   own = {'z': 0.3 * normal(1, 30)}

@@ -123,6 +123,7 @@ def test_rows_are_the_decoded_prompts(stage):
   assert model(method).soft_ids[1].tolist() == [35, 36, 37]
 
 
+@pytest.mark.slow
 def test_each_task_sees_its_own_decoded_prompt(stage):
   _, method, flat, constants = stage
   tasks = np.array([2, 0, 3, 2], np.int32)
@@ -146,6 +147,7 @@ def test_each_task_sees_its_own_decoded_prompt(stage):
     assert np.abs(got[~mine] - want[~mine]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_loss_has_the_reconstruction_error(stage):
   _, method, flat, constants = stage
   own = {**frozen(), 'constants': constants}
@@ -205,6 +207,7 @@ def test_files_and_initializers_are_sources(stage):
 # ---- stage 2 -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_code_of_a_prompt_is_its_decoded_prompt(stage):
   """Bit for bit, in the rows and in the logits."""
   folder, *_ = stage

@@ -172,6 +172,7 @@ def beams(of, batch, own):
 
 
 @pytest.mark.parametrize('config', [C, LM], ids=['t5', 'lm'])
+@pytest.mark.slow
 def test_a_copy_of_full_width_is_the_frozen_network(config):
   of = model(config, reduction_factor=1, alpha=100.0)
   batch = BATCH if config is C else LM_BATCH
@@ -181,6 +182,7 @@ def test_a_copy_of_full_width_is_the_frozen_network(config):
 
 
 @pytest.mark.parametrize('config', [C, LM], ids=['t5', 'lm'])
+@pytest.mark.slow
 def test_beams_are_scored_as_by_teacher_forcing(config):
   """Side caches, those of cross-attention too, are of the right beam."""
   of = model(config, reduction_factor=4)
@@ -205,6 +207,7 @@ def test_beams_are_scored_as_by_teacher_forcing(config):
     np.testing.assert_allclose(scores[real, k], want[real], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_in_training_alone():
   of = model(dataclasses.replace(C, dropout_rate=0.3), reduction_factor=4)
   own = trained(drawn(of))
@@ -217,6 +220,7 @@ def test_dropout_is_drawn_in_training_alone():
 # ---- no gradient -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_frozen_layers():
   of = model(reduction_factor=4)
   own = trained(drawn(of))
@@ -236,6 +240,7 @@ def test_no_gradient_reaches_the_frozen_layers():
 R = 4
 
 
+@pytest.mark.slow
 def test_it_starts_at_those_units():
   of = model(reduction_factor=R, encoder_layers=(1, 2))
   own, flat = train_state.flatten(start(of)), pruning.by_layer(network())
@@ -255,6 +260,7 @@ def test_it_starts_at_those_units():
       assert 0.005 < np.std(x) < 0.015, path
 
 
+@pytest.mark.slow
 def test_it_may_start_at_random():
   of = model(reduction_factor=R, start=None, alpha=-2.0)
   flat = pruning.by_layer(network())

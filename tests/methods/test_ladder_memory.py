@@ -67,6 +67,7 @@ def full(config=WIDE):
   return models.EncoderDecoderModel(config, trainable_patterns=['.*'])
 
 
+@pytest.mark.slow
 def test_of_the_frozen_network_only_what_is_read_is_kept():
   found, all_of_it = kept(lst()), kept(full())
   size = lambda shapes: sum(map(np.prod, shapes))

@@ -110,6 +110,7 @@ def cost_of_a_layer(encoder, decoder, **fields):
   return [b - a for a, b in zip(shallow, deep, strict=True)]
 
 
+@pytest.mark.slow
 def test_gradients_stop_below_the_first_layer_that_is_trained():
   """One more frozen layer below costs training what it costs the loss."""
   forward, training = cost_of_a_layer(1, 0)
@@ -121,6 +122,7 @@ def test_gradients_stop_below_the_first_layer_that_is_trained():
   assert training > 1.5 * forward
 
 
+@pytest.mark.slow
 def test_only_they_get_gradients_and_all_of_them():
   config = dataclasses.replace(CONFIG, num_encoder_layers=2)
   config = dataclasses.replace(config, num_decoder_layers=2)

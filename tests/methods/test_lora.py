@@ -135,6 +135,7 @@ def test_the_constant_is_in_the_table(scaling, c):
 
 
 @pytest.mark.parametrize('dora', [False, True], ids=['lora', 'dora'])
+@pytest.mark.slow
 def test_network_is_that_of_the_changed_weights(dora):
   """Applied, merged, and by the paper's equation in numpy."""
   method = LoRA(rank=3, alpha=6, targets=ALL, dora=dora)

@@ -216,6 +216,7 @@ def test_loss_is_its_equation(network, taught, fields):
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(network, taught):
   of = taught()
   # One task's teacher for all: a shared prompt and ones.
@@ -271,6 +272,7 @@ def test_one_file_of_all_teachers_is_a_file_for_each(network, taught):
     taught(('none.npy', '0.npy')).constants(network)
 
 
+@pytest.mark.slow
 def test_training_loss_has_it_on_top(network, taught):
   """At the task loss's scale: sums over tokens, or divided by a factor."""
   of, own = taught(), random_own(G)
@@ -292,6 +294,7 @@ def test_training_loss_has_it_on_top(network, taught):
     np.testing.assert_allclose(sums['loss'], plain['loss'], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_the_student_is_taught(network, taught):
   """A gradient flows to every parameter, none to the teachers."""
   of, own = taught(), random_own(G)

@@ -157,6 +157,7 @@ def test_identity_is_prompt_tuning():
 # ---- what is exported ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_alone_give_the_same_logits_at_every_examples_own_places():
   """The encoder is not needed any more."""
   of = model(3)

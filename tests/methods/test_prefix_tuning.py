@@ -125,6 +125,7 @@ def test_zeros_are_not_the_frozen_model():
 
 
 @pytest.mark.parametrize('config', [CONFIG, LM], ids=['t5', 'decoder-only'])
+@pytest.mark.slow
 def test_own_keys_and_values_are_the_tokens_in_context(config):
   """In the decoder, preceding: as if it had read t1 ... tn before."""
   inputs, targets = (batch()[f'{s}_input_tokens'] for s in SELF.values())

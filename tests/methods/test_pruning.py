@@ -74,6 +74,7 @@ def test_all_units_are_kept_in_order_where_r_is_one():
   }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_squared_gradients_are_summed_over_examples(tmp_path):
   file = str(tmp_path / 'units')
   batches = [{k: v[:3] for k, v in BATCH.items()}, BATCH]

@@ -157,6 +157,7 @@ def test_soft_tokens_at_the_start_of_the_decoder_are_forced():
 # ---- tasks -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_task_has_its_own_rows():
   tasks = np.array([2, 0, 1, 2], np.int32)
   length, together = 3, model(3, num_tasks=3)

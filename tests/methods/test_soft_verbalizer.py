@@ -100,6 +100,7 @@ def test_a_linear_head():
   assert sum(sizes) == 3 * D + 3
 
 
+@pytest.mark.slow
 def test_tasks_have_vectors_of_their_own():
   task_ids = np.array([2, 0, 1, 2], np.int32)
   vectors, bias = drawn(3, 3, D), drawn(3, 3)

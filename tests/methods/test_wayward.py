@@ -122,6 +122,7 @@ def test_penalty_and_gradient_are_the_equations(tasks):
   np.testing.assert_allclose(gradient, 2 * 0.3 * away / N, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_gamma_it_is_prompt_tuning():
   of = model(gamma=0)
   plain = models.EncoderDecoderModel(CONFIG, method=SoftPrompt(N))

@@ -250,6 +250,7 @@ def apply(scan):
 
 
 @pytest.mark.parametrize('owner', ['shared', 'task'])
+@pytest.mark.slow
 def test_scanned_layers_get_what_unrolled_ones_get(owner):
   scanned = apply(True)(everywhere(owner, True))
   unrolled = apply(False)(everywhere(owner, False))

@@ -191,6 +191,7 @@ def test_scanned_layers_are_initialised_apart():
 
 @pytest.mark.parametrize('policy', ['minimal', 'full'])
 @pytest.mark.parametrize('scan', [True, False], ids=['scan', 'loop'])
+@pytest.mark.slow
 def test_remat_changes_no_number(policy, scan):
   batch = helpers.random_batch(helpers.SMALL)
   tokens = batch['encoder_input_tokens'], batch['decoder_input_tokens']

@@ -211,6 +211,7 @@ def test_full_lm_joins_documents_with_eos():
   assert found == [([1], [*tokens[:6], 1]), ([1], [*tokens[6:], 1])]
 
 
+@pytest.mark.slow
 def test_a_long_document_gives_one_chunk(monkeypatch):
   monkeypatch.setattr(denoising, '_CHUNK', 8)
   text = 'abcdefghijklmnopqrst'
