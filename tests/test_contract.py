@@ -43,20 +43,28 @@ CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
 
 @every_method
 def test_parameter_count_is_as_declared(name):
+  _check_count(name, 'base')
+
+
+@pytest.mark.slow
+@every_method
+def test_parameter_counts_of_all_sizes_are_as_declared(name):
   for size in SIZES:
-    flags = ['VOCABULARY=None', 'VOCABULARY_PATH=nowhere']
-    [model] = contract.build(
-      ['%MODEL'], f'models/t5_1_1_{size}.gin', name, flags
-    )
-    network = partitioning.unbox(model.abstract_network)
-    method = jax.eval_shape(model.init_method, jax.random.PRNGKey(0), network)
-    trained = jax.tree.leaves(
-      (partitioning.unbox(method), model.split(network)[0])
-    )
-    declared = rf'Trained parameters.*?\b{size} ([\d,]+)'
-    said = re.search(declared, contract.header(name))
-    assert said, f'methods/{name}.gin: no number of parameters of {size}'
-    assert sum(x.size for x in trained) == int(said[1].replace(',', ''))
+    _check_count(name, size)
+
+
+def _check_count(name, size):
+  flags = ['VOCABULARY=None', 'VOCABULARY_PATH=nowhere']
+  [model] = contract.build(['%MODEL'], f'models/t5_1_1_{size}.gin', name, flags)
+  network = partitioning.unbox(model.abstract_network)
+  method = jax.eval_shape(model.init_method, jax.random.PRNGKey(0), network)
+  trained = jax.tree.leaves(
+    (partitioning.unbox(method), model.split(network)[0])
+  )
+  declared = rf'Trained parameters.*?\b{size} ([\d,]+)'
+  said = re.search(declared, contract.header(name))
+  assert said, f'methods/{name}.gin: no number of parameters of {size}'
+  assert sum(x.size for x in trained) == int(said[1].replace(',', ''))
 
 
 @every_method_thoroughly

@@ -139,7 +139,10 @@ def test_many_steps_are_as_many_single_ones(run, whole, tmp_path, monkeypatch):
       return {name: x[taken] for name, x in rows.items()}
 
   fake = types.SimpleNamespace(
-    TrainIterator=Ordered, length_report=lambda *_: ''
+    TrainIterator=Ordered,
+    length_report=lambda *_: '',
+    find_task=runs.train.datasets.find_task,
+    subtasks=runs.train.datasets.subtasks,
   )
   monkeypatch.setattr(runs.train, 'datasets', fake)
   runs.go(run, tmp_path / 'streamed')
