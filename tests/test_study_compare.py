@@ -87,6 +87,8 @@ def test_two_studies(directory, tmp_path, capsys):
     out = json.loads(json.dumps(record))
     out['config']['RATE'] = '1'
     out['origin']['versions']['jax'] = '0.11.0'
+    # One of many: of such a list a line shows the beginning.
+    out['origin']['device'] = f'machine {record["key"]}'
     out['cost']['wall_seconds'] = 10.0
     settings = record['settings']
     if settings['size'] == 'd64' and settings.get('method') == 'fine_tune':
@@ -113,6 +115,8 @@ def test_two_studies(directory, tmp_path, capsys):
   assert not any(x.startswith('soft_prompt') for x in out)
   assert 'RATE absent "1" 107 of 107' in out
   assert 'versions.jax ["0.10.2"] ["0.11.0"]' in out
+  (device,) = (x for x in out if x.startswith('device '))
+  assert device.endswith(' ...') and len(device) < 100
   # 108 and 107 cells, of which 12 each were one program.
   assert 'wall_seconds (sum) 81 89.1667 +8.167' in out
 

@@ -7,6 +7,7 @@ studies the cells with the same settings are, whatever their keys.
 from collections.abc import Iterable, Mapping, Sequence
 import json
 import pathlib
+import textwrap
 from typing import Any
 
 import tabulate
@@ -240,8 +241,10 @@ def _config(a: Mapping[str, Record], b: Mapping[str, Record]) -> str:
 def _origins(a: Mapping[str, Record], b: Mapping[str, Record]) -> str:
   """Versions, devices and fingerprints, all that occur; not the times."""
   sides = [_occurring(side.values()) for side in (a, b)]
+  # A study has as many bases as sizes and seeds: a line does not hold them all.
   rows = [
-    [name, x, y, ''] for name, (x, y) in ledger_lib.differences(*sides).items()
+    [name, *(textwrap.shorten(x, 60, placeholder=' ...') for x in both), '']
+    for name, both in ledger_lib.differences(*sides).items()
   ]
   return _table(rows) if rows else ''
 
