@@ -227,6 +227,17 @@ def test_tasks_draws_a_panel_each(results):
   assert list(lines['Prompt design'].get_ydata()) == [30.0, 32.0, 34.0, 36.0]
 
 
+def test_legend_of_long_names_has_room(directory, tmp_path):
+  study = json.loads((directory / 'study.json').read_text())
+  study['methods'] = {name: 32 * name[0] for name in study['methods']}
+  (tmp_path / 'study.json').write_text(json.dumps(study))
+  (tmp_path / 'results.jsonl').symlink_to(directory / 'results.jsonl')
+  figure = plots.tasks(results_lib.load(str(tmp_path)))
+  figure.draw_without_rendering()
+  [legend] = figure.legends
+  assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_overlay_is_drawn_against_all_parameters(directory, tmp_path):
   study = json.loads((directory / 'study.json').read_text())
   study['overlay'] = published.LESTER_2021

@@ -173,15 +173,19 @@ def tasks(results: Results) -> Figure:
       ax.set_xlabel(AXES[axis])
     for row in grid:
       row[0].set_ylabel(f'{metric_label(study.metric)} (%)')
-    figure.legend(
-      *panels[0].get_legend_handles_labels(),
-      loc='outside upper left',
-      ncols=max(3, 2 * columns),
-      title=study.title,
-      title_fontproperties={'weight': 'bold', 'size': 11},
-      alignment='left',
-      borderpad=0.0,
-    )
+    for ncols in range(max(3, 2 * columns), 0, -1):  # as many as have room
+      legend = figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc='outside upper left',
+        ncols=ncols,
+        title=study.title,
+        title_fontproperties={'weight': 'bold', 'size': 11},
+        alignment='left',
+        borderpad=0.0,
+      )
+      if legend.get_window_extent().width <= figure.bbox.width:
+        break
+      legend.remove()
     _write_note(figure, results, width=max(90, 58 * columns))
   return figure
 
