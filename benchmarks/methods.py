@@ -222,9 +222,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add = parser.add_argument
   add('--model', default='t5_1_1_small', help='of gin_configs/models')
   add('--methods', default='', help='comma-separated; all by default')
-  add('--no-times', dest='times', action='store_false',
-      help='compile only: parameters, FLOPs, memory, bytes')  # fmt: skip
-  add('--no-peft', dest='peft', action='store_false', help='ours alone')
+  add('--times', action=argparse.BooleanOptionalAction, default=True,
+      help='else compile only: parameters, FLOPs, memory, bytes')  # fmt: skip
+  add('--peft', action=argparse.BooleanOptionalAction, default=True,
+      help='beside ours, where it is installed')  # fmt: skip
   add('--activations', default='fine_tune,lst',
       help='methods compiled twice more, for larger batches: what their '
       'scratch memory grows by are activations')  # fmt: skip

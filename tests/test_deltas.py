@@ -21,6 +21,7 @@ from some_deltas import whose
 
 from prompt_jax import deltas
 from prompt_jax.deltas import Routed
+from prompt_jax.network import layers
 from prompt_jax.network import t5
 
 # ---- the algebra -----------------------------------------------------------
@@ -176,13 +177,28 @@ def test_hooks_are_free(monkeypatch):
     monkeypatch.setattr(deltas, name, hook)
 
   identity('adapt_embedding', lambda module, lookup, ids, rows: lookup(ids))
-  identity('adapt_projection', lambda module, x, y: y)
+  identity(
+    'adapt_projection', lambda module, x, kernel, product: product(x, kernel)
+  )
   identity('adapt_keys_values', lambda module, *same: same)
   identity('adapt_sublayer', lambda module, x, y: y)
   identity('adapt_layer_input', lambda module, x: x)
   identity('slots_before_text', lambda module: 0)
   assert program({}) == with_hooks
   assert len(called) == 6
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('groups', [1, 2])
+def test_a_small_change_of_a_kernel_is_not_rounded_away(dtype, groups):
+  # Next to 1, bfloat16 has steps of 2^-7.
+  kernel = jnp.array([[1.0], [-1.0]])
+  change = Routed(jnp.full((groups, 2, 1), 2.0**-10))
+  got = layers.Dense(1, ('embed', 'mlp')).apply(
+    {'params': {'kernel': kernel}, 'deltas': {'kernel': change}},
+    jnp.ones((2, 3, 2), dtype),
+  )
+  np.testing.assert_array_equal(got, np.full((2, 3, 1), 2.0**-9))
 
 
 # ---- check and merge -------------------------------------------------------

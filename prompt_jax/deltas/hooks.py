@@ -10,7 +10,7 @@ deltas the traced program is that of a network without hooks.
 |---|---|---|
 | `rows` | the token embedding: ids >= V | [G, R, D], G is 1 or B |
 | `low_rank` | a projection: y + x A B | ([(L,) G, D, R], [(L,) G, R, E]) |
-| `kernel` | a projection: y + x W' | [(L,) G, D, E] |
+| `kernel` | a projection: x (W + W') | [(L,) G, D, E] |
 | `scale`, `shift` | a projection: y * scale + shift | [(L,) G, E] |
 | `prefix` | an attention's keys and values | 2 x [(L,) G, P, H, K] |
 | `preceding` | a stack's position bias: P slots before the text | [G, P] |
@@ -152,11 +152,18 @@ def adapt_embedding(
 def adapt_projection(
   module: nn.Module,
   x: Float[Array, 'B T D'],
-  y: Float[Array, 'B T E'],
+  kernel: Float[Array, 'D E'],
+  product: Callable[[Any, Any], Array],
 ) -> Float[Array, 'B T E']:
-  """`y = x W` becomes `(y + x W' + drop(x) A B) * scale + shift`."""
-  if (kernel := _read(module, 'kernel')) is not None:
-    y = y + _product(x, kernel).astype(y.dtype)
+  """`x W` becomes `(x (W + W') + drop(x) A B) * scale + shift`."""
+  change = _read(module, 'kernel')
+  if change is not None and change.shape[0] == 1 and x.dtype == jnp.float32:
+    # One product in place of two, in each direction. With fewer digits W + W'
+    # would lose a small W'.
+    kernel, change = kernel + change[0], None
+  y = product(x, kernel)
+  if change is not None:
+    y = y + _product(x, change).astype(y.dtype)
   if (low_rank := module.get_variable('deltas', 'low_rank')) is not None:
     a, b = low_rank.select()
     if low_rank.dropout_rate and module.has_rng('dropout'):

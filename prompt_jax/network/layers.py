@@ -143,7 +143,7 @@ class Dense(nn.Module):
     """Projects x."""
     shape = (x.shape[-1], self.features)
     kernel = param(self, 'kernel', self.kernel_init, shape, self.axes)
-    return deltas.adapt_projection(self, x, x @ kernel.astype(x.dtype))
+    return deltas.adapt_projection(self, x, kernel, product)
 
 
 class Embed(nn.Module):
@@ -180,6 +180,13 @@ class Embed(nn.Module):
     return float32_product(y * y.shape[-1] ** -0.5, self.embedding.T)
 
 
+def product(
+  x: Float[Array, 'B T D'], kernel: Float[Array, 'D E']
+) -> Float[Array, 'B T E']:
+  """`x W` in the dtype of x."""
+  return x @ kernel.astype(x.dtype)
+
+
 def float32_product(
   y: Float[Array, 'B U D'], kernel: Float[Array, 'D V']
 ) -> Float[Array, 'B U V']:
@@ -198,7 +205,7 @@ class LogitsDense(nn.Module):
     """Logits of y."""
     shape = (y.shape[-1], self.config.vocab_size)
     kernel = param(self, 'kernel', dense_init, shape, ('embed', 'vocab'))
-    return deltas.adapt_projection(self, y, float32_product(y, kernel))
+    return deltas.adapt_projection(self, y, kernel, float32_product)
 
 
 class RMSNorm(nn.Module):
