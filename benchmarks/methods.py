@@ -126,12 +126,13 @@ def ready(args: argparse.Namespace, results: Any) -> Worker | None:
     if name not in results:
       continue
     try:
-      results[name]['peft'] = worker.do('count', name)
+      found = worker.do('count', name)
+      worker.step(name)
     except Exception as e:  # another library's; the others go on
       print(f'{name}: PEFT cannot: {type(e).__name__}: {e}', flush=True)
       continue
-    trained = results[name]['peft']['trained']
-    print(f'{name}: PEFT trains {trained:,}', flush=True)
+    results[name]['peft'] = found
+    print(f'{name}: PEFT trains {found["trained"]:,}', flush=True)
   return worker
 
 
