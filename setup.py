@@ -63,6 +63,9 @@ setuptools.setup(
     'jaxtyping>=0.3,<0.4',
     'gin-config>=0.5,<0.6',
     'seqio>=0.0.20,<0.1',
+    # TFDS imports it before a download, and leaves its listing to etils, which
+    # no longer brings it along.
+    'importlib_resources>=6,<8',
     'safetensors>=0.8,<0.9',
     'sacrebleu>=2.6,<3',
     'rouge-score>=0.1.2,<0.2',
@@ -77,7 +80,7 @@ setuptools.setup(
     'slurm': ['submitit>=1.5,<2'],
     # Pinned: a new version of a tool is a change of its own.
     'test': [
-      'pytest==9.2.0',
+      'pytest==9.1.1',  # pytest-xdist 3.8 has no groups with 9.2
       'pytest-xdist==3.8.0',
       'ruff==0.17.5',
       'pyright[nodejs]==1.1.414',  # node from the package index

@@ -1,10 +1,13 @@
-"""SeqIO's offline cache, written without Apache Beam.
+r"""SeqIO's offline cache, written without Apache Beam.
 
-    caching.cache('glue_mnli', '/data/cache')      # once
-    seqio.add_global_cache_dirs(['/data/cache'])   # in every program
+    prompt-jax cache ... --gin_file=runs/cache.gin --output=/data/cache
+    prompt-jax train ... --gin.USE_CACHED_TASKS=True \
+      --gin.CACHE_DIRS="('/data/cache',)"
 
-Then `datasets.DatasetConfig(..., use_cached=True)` reads what was tokenized.
-The files are those of `seqio_cache_tasks`, which large sets may use instead.
+or, from Python, `caching.cache('glue_mnli', '/data/cache')`, and in every
+program `seqio.add_global_cache_dirs(['/data/cache'])`; then
+`datasets.DatasetConfig(..., use_cached=True)` reads what was tokenized. The
+files are those of `seqio_cache_tasks`, which large sets may use instead.
 What stands behind a task's `CacheDatasetPlaceholder` runs when it is read, so
 that a cache serves all lengths. Not for tasks without that placeholder.
 """
@@ -22,6 +25,10 @@ from seqio import utils
 import tensorflow as tf
 
 from prompt_jax import datasets
+from prompt_jax import vocabularies
+
+# Of whose tokens a cache is; `seqio_cache_tasks` does not say it.
+_VOCABULARY = 'vocabulary.txt'
 
 
 def cache(
@@ -65,8 +72,66 @@ def cache(
     for split in splits or task.splits:
       count = _write(task, split, place, num_shards)
       sizes[split] = sizes.get(split, 0) + count
+    (done.parent / _VOCABULARY).write_text(_fingerprint(task))
     done.write_text('')
   return sizes
+
+
+def write(
+  run: Any,
+  *,
+  output: str | None,
+  splits: Sequence[str] | None = None,
+  num_shards: int = 1,
+) -> dict[str, int]:
+  """`prompt-jax cache`: a run's task or mixture, by its vocabulary.
+
+  Args:
+    run: whose tasks; its method and its lengths do not matter.
+    output: the folder of all caches.
+    splits: as `cache`.
+    num_shards: as `cache`.
+
+  Raises:
+    ValueError: no folder, or as `cache`.
+  """
+  if output is None:
+    raise ValueError('Give --output=DIR, the folder of caches.')
+  run.register_tasks()
+  sizes = cache(run.mixture_or_task_name, output, splits, num_shards)
+  counts = ', '.join(f'{split} {size:,}' for split, size in sizes.items())
+  print(f'{output}: {run.mixture_or_task_name}, examples of {counts}')
+  return sizes
+
+
+def use(
+  provider: seqio.Task | seqio.Mixture, folders: Sequence[str | pathlib.Path]
+) -> None:
+  """Makes seqio look for caches in folders, and checks that all are there.
+
+  Raises:
+    ValueError: a task has no cache, or was cached with another vocabulary.
+  """
+  known = list(utils.get_global_cache_dirs())
+  places = [str(f) for f in folders if str(f) not in known]
+  seqio.set_global_cache_dirs([*places, *known])
+  for task in datasets.subtasks(provider):
+    if not task.supports_caching or task.cache_dir is None:
+      raise ValueError(
+        f'USE_CACHED_TASKS: there is no cache of {task.name!r} in CACHE_DIRS = '
+        f'{[*places, *known]}. `prompt-jax cache` writes one of a benchmark '
+        'task; your own rows need none.'
+      )
+    path = pathlib.Path(task.cache_dir) / _VOCABULARY
+    if path.exists() and path.read_text() != _fingerprint(task):
+      raise ValueError(
+        f'The cache of {task.name!r} in {task.cache_dir} has the tokens of '
+        'another vocabulary: remove it and write it anew.'
+      )
+
+
+def _fingerprint(task: seqio.Task) -> str:
+  return vocabularies.fingerprint(task.output_features['targets'].vocabulary)
 
 
 @contextlib.contextmanager

@@ -343,11 +343,27 @@ def load_trainable(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     raise CheckpointError(f'{path}: not a whole safetensors file: {e}') from e
 
 
+def load_header(path: str) -> dict[str, str]:
+  """The header alone of a `trainable.safetensors`.
+
+  Raises:
+    CheckpointError: as `load_trainable`.
+  """
+  from safetensors import safe_open
+
+  try:
+    with safe_open(path, framework='numpy') as f:
+      return f.metadata() or {}
+  except Exception as e:
+    raise CheckpointError(f'{path}: not a whole safetensors file: {e}') from e
+
+
 def check_origin(
   made_with: Mapping[str, Any],
   where: str,
   base: fingerprints.Fingerprint | None,
   vocabulary: str | None,
+  advice: str = fingerprints.ADVICE,
 ) -> None:
   """Compares what parameters were trained with to what is here.
 
@@ -356,6 +372,7 @@ def check_origin(
     where: they lie, for the message.
     base: fingerprint of the base that has been loaded; None skips it.
     vocabulary: fingerprint of the vocabulary here; None skips it.
+    advice: what to do about another base, the end of the message.
 
   Raises:
     CheckpointError: another vocabulary.
@@ -363,7 +380,7 @@ def check_origin(
   """
   saved = made_with.get('base')
   if saved is not None and base is not None:
-    fingerprints.check(saved, base, where)
+    fingerprints.check(saved, base, where, advice)
   saved = made_with.get('vocabulary')
   if None not in (saved, vocabulary) and saved != vocabulary:
     raise CheckpointError(

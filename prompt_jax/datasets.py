@@ -24,6 +24,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from prompt_jax import cached_tokens
+
 Batch = dict[str, np.ndarray]
 
 
@@ -42,6 +44,7 @@ class DatasetConfig:
     pack: whether several examples share a row; as in the converter.
     use_cached: whether to read seqio's offline cache.
     num_epochs: passes over the examples; None: without end, for training.
+    subtask: of a mixture the one task to read, as the mixture has it.
   """
 
   mixture_or_task_name: str
@@ -53,6 +56,7 @@ class DatasetConfig:
   pack: bool = False
   use_cached: bool = False
   num_epochs: int | None = None
+  subtask: str | None = None
 
 
 def get_dataset(
@@ -82,10 +86,22 @@ def get_dataset(
       'the feature converter: set both to the same.'
     )
   provider = find_task(config.mixture_or_task_name)
+  if config.subtask is not None:
+    provider = {t.name: t for t in subtasks(provider)}[config.subtask]
   check_split(provider, config.split)
   _check_not_empty(provider, config, converter, drop_remainder)
-  ds = converter(
-    provider.get_dataset(
+  examples = None
+  if config.use_cached:
+    examples = cached_tokens.read(
+      provider,
+      config.task_feature_lengths,
+      config.split,
+      config.shuffle,
+      config.seed,
+      config.num_epochs,
+    )
+  if examples is None:
+    examples = provider.get_dataset(
       config.task_feature_lengths,
       split=config.split,
       use_cached=config.use_cached,
@@ -94,9 +110,8 @@ def get_dataset(
       num_epochs=config.num_epochs,
       # A cache before the shuffling would give every epoch the same order.
       try_in_mem_cache=False,
-    ),
-    config.task_feature_lengths,
-  )
+    )
+  ds = converter(examples, config.task_feature_lengths)
   ds = ds.batch(config.batch_size, drop_remainder=drop_remainder)
   options = tf.data.Options()
   options.deterministic = True
@@ -249,7 +264,11 @@ class LengthReport:
 
 
 def length_report(
-  task: str, split: str, lengths: Mapping[str, int], limit: int = 10_000
+  task: str,
+  split: str,
+  lengths: Mapping[str, int],
+  limit: int = 10_000,
+  use_cached: bool = False,
 ) -> LengthReport:
   """Counts tokens, so that trimming is known and not silent.
 
@@ -258,6 +277,7 @@ def length_report(
     split: one of its splits.
     lengths: the length of each feature to report on, `task_feature_lengths`.
     limit: examples to count at most.
+    use_cached: whether to count those of seqio's offline cache.
 
   Raises:
     ValueError: no such task, split or feature, or no examples.
@@ -277,6 +297,7 @@ def length_report(
   ds = provider.get_dataset(
     dict(lengths) if cuts else None,
     split=split,
+    use_cached=use_cached,
     shuffle=False,
     num_epochs=1,
     try_in_mem_cache=False,

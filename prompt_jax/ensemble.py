@@ -97,6 +97,10 @@ class Evaluation(evaluation.Evaluation):
 
     self._loss = jax.jit(loss, out_shardings=run.partitioner.replicated)
 
+  def converter(self) -> Any:
+    """With the soft tokens of the first member, for `expand` to replace."""
+    return self.run.converter(soft_ids=self.run.model.soft_ids[:1])
+
   def expanded(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The host batch with each example N times."""
     return {k: np.asarray(x) for k, x in self._expand(batch).items()}

@@ -16,12 +16,15 @@ from absl import logging
 import jax
 import numpy as np
 import seqio
+import tensorflow as tf
 
 from prompt_jax import datasets
+from prompt_jax import feature_converters
 from prompt_jax import metrics
 from prompt_jax import models
 from prompt_jax import run as run_lib
 from prompt_jax import trainer
+from prompt_jax.verbalizers import calibration
 
 TaskMetrics = dict[str, dict[str, float]]
 
@@ -39,6 +42,9 @@ class EvalConfig:
     num_decodes: sequences an example.
     rank_labels: strings to choose from by log-likelihood; None takes those of
       the task if it has a fixed set, () turns ranking off.
+    content_free: inputs without content, as they are read: 'review: N/A'. The
+      label probabilities that they get are divided away (contextual
+      calibration), which gives `rank_accuracy_calibrated`; () does without.
     num_examples: the first that many of each task; None for all.
     seed: of sampling.
   """
@@ -49,6 +55,7 @@ class EvalConfig:
   decode_fn: Callable[..., tuple[Any, Any]] = models.greedy
   num_decodes: int = 1
   rank_labels: Sequence[str] | None = None
+  content_free: Sequence[str] = ()
   num_examples: int | None = None
   seed: int = 0
 
@@ -116,14 +123,19 @@ class Evaluation:
       return None
     return seqio.Evaluator(
       run.mixture_or_task_name,
-      run.converter(),
+      self.converter(),
       config.split,
       sequence_length=dict(run.task_feature_lengths),
+      use_cached=run.use_cached,
       num_examples=config.num_examples,
       async_compute_metrics=False,
     )
 
   # ---- batches -------------------------------------------------------------
+
+  def converter(self) -> Any:
+    """From the tasks' features to the model's."""
+    return self.run.converter()
 
   def batches(self, task: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number of real rows, padded host batch) through the split in order.
@@ -141,8 +153,8 @@ class Evaluation:
       shuffle=False,
       num_epochs=1,
     )
-    config = dataclasses.replace(config, mixture_or_task_name=task)
-    ds = datasets.get_dataset(config, self.run.converter(), False)
+    config = dataclasses.replace(config, subtask=task)
+    ds = datasets.get_dataset(config, self.converter(), False)
     left = self.config.num_examples or float('inf')
     for batch in datasets.TrainIterator(ds):
       rows = int(min(left, len(next(iter(batch.values())))))
@@ -177,7 +189,32 @@ class Evaluation:
       'loss_per_token': (totals['loss'] - totals['z_loss']) / tokens,
       'token_accuracy': 100 * totals['correct_tokens'] / tokens,
     }
-    return out | rank_metrics(ranked, len(labels))
+    out |= rank_metrics(ranked, len(labels))
+    if ranked and self.config.content_free:
+      prior = np.log(self.content_free_prior(labels, trainable, frozen))
+      ranked = [(scores - prior, gold, n) for scores, gold, n in ranked]
+      found = rank_metrics(ranked, len(labels))
+      out['rank_accuracy_calibrated'] = found['rank_accuracy']
+    return out
+
+  def content_free_prior(
+    self, labels: Sequence[str], trainable: Any, frozen: Any
+  ) -> np.ndarray:
+    """Probabilities of the labels, [C], of inputs without content."""
+    texts = list(self.config.content_free)
+    lengths = self.run.task_feature_lengths
+    features = feature_converters.output_features(self.run.model.vocabulary)
+    rows: Any = {'inputs': texts, 'targets': [labels[0]] * len(texts)}
+    ds = tf.data.Dataset.from_tensor_slices(rows)
+    ds = seqio.preprocessors.tokenize(ds, features)
+    ds = feature_converters.trim_and_append_eos(ds, features, lengths)
+    ds = self.converter()(ds, lengths).batch(len(texts))
+    [batch] = ds.as_numpy_iterator()
+    scores, _, _ = self.rank(
+      _pad(batch, self.config), len(texts), labels, trainable, frozen
+    )
+    probs = jax.nn.softmax(scores, axis=1)
+    return np.asarray(calibration.content_free_prior(probs))
 
   def labels(self, task: str) -> list[str]:
     """The strings that a task's answers are chosen from; [] if it is free."""
@@ -287,7 +324,7 @@ def _number(value: Any) -> Any:
 def _pad(batch: dict[str, Any], config: Any) -> dict[str, Any]:
   """Adds rows of padding up to the batch size; they weigh nothing."""
   missing = config.batch_size - len(next(iter(batch.values())))
-  if not missing:
+  if missing <= 0:
     return batch
 
   def pad(x: np.ndarray) -> np.ndarray:

@@ -13,20 +13,22 @@ Soft tokens that a template placed count as text, and fit: `trim_and_append_eos`
 trims the text around them.
 
 A task may give rows of one fixed length with padding (id 0) at their end, which
-is not text. Encoder-decoder examples that are not packed are converted many at
-a time: one by one, each operation of TensorFlow's costs more than its work.
+is not text. Encoder-decoder examples are converted many at a time: one by one,
+each operation of TensorFlow's costs more than its work.
 
 Not for tokenizing (the tasks do) nor batching (`datasets.py`).
 """
 
 from collections.abc import Mapping
 import copy
+import functools
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
+from prompt_jax import packing
 from prompt_jax.vocabularies import SOFT_BASE
 
 # A task's own number, for methods that keep one prompt a task. Rank 1 with one
@@ -35,6 +37,11 @@ TASK_IDS = 'task_ids'
 _TASK_IDS_SPEC = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=0)
 
 Example = dict[str, tf.Tensor]
+# What to do where examples have no `task_ids`.
+NUMBER_TASKS = (
+  'A mixture numbers its tasks (runs/mixture.gin with NUMBER_TASKS = True), '
+  'data of your own have a TASK_ID.'
+)
 _BLOCK = 64  # examples that are converted together
 
 
@@ -48,7 +55,8 @@ class _SoftTokens(seqio.FeatureConverter):
     pack: whether several examples share a row.
 
   Raises:
-    ValueError: `soft_ids` is not a matrix, or holds ids of text tokens.
+    ValueError: `soft_ids` is not a matrix, or holds ids of text tokens; when
+      called, for several tasks and examples without `task_ids`.
     tf.errors.InvalidArgumentError: while iterating, for an example with
       `<soft:k>` and k >= P, a task id >= G, or a text id >= vocab_size.
   """
@@ -94,6 +102,12 @@ class _SoftTokens(seqio.FeatureConverter):
     lengths = {k: v for k, v in task_feature_lengths.items() if k != TASK_IDS}
     spec: Any = ds.element_spec
     if TASK_IDS not in spec:
+      if len(self.soft_ids) > 1:
+        raise ValueError(
+          f'The method keeps {len(self.soft_ids)} tasks apart, but the '
+          'examples have no `task_ids` to tell whose they are. '
+          f'{NUMBER_TASKS}'
+        )
       return super().__call__(ds, lengths)
     ds = ds.map(_scalar_task_ids, num_parallel_calls=tf.data.AUTOTUNE)
     if self.pack:
@@ -168,9 +182,8 @@ class _SoftTokens(seqio.FeatureConverter):
     """
     inputs, targets = rows['inputs'], rows['targets']
     tasks, length = self.soft_ids.shape
-    task = rows.get(TASK_IDS, tf.zeros_like(inputs[:, 0]))
-    if tasks == 1:
-      task = tf.zeros_like(task)
+    one = tf.zeros(tf.shape(inputs)[:1], tf.int32)
+    task = one if tasks == 1 else rows[TASK_IDS]
     wrong = tf.boolean_mask(task, (task < 0) | (task >= tasks))
     _check(
       tf.size(wrong) == 0,
@@ -230,25 +243,41 @@ class EncDecFeatureConverter(_SoftTokens, seqio.EncDecFeatureConverter):
 
   def __init__(self, *args: Any, **kwargs: Any):
     super().__init__(*args, **kwargs)
-    if not self.pack:
-      self._apply_length_check = False  # the padding of a block is one
+    self._apply_length_check = False  # that of a block is one
 
   def _convert_features(
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
-    if self.pack:
-      return super()._convert_features(ds, task_feature_lengths)
     spec: Any = ds.element_spec
-    if spec.keys() != task_feature_lengths.keys():
-      ds = ds.map(lambda x: {key: x[key] for key in task_feature_lengths})
-    shapes = {
-      key: [] if key == TASK_IDS else [length]
-      for key, length in task_feature_lengths.items()
+    lengths = dict(task_feature_lengths)
+    if self.pack and TASK_IDS in spec:  # for the soft tokens alone
+      lengths[TASK_IDS] = 1
+    if spec.keys() != lengths.keys():
+      ds = ds.map(lambda x: {key: x[key] for key in lengths})
+    # Padded to the length of a row, or packed to that of the longest.
+    shapes: Any = {
+      key: [] if key == TASK_IDS else [None if self.pack else length]
+      for key, length in lengths.items()
     }
-    blocks = ds.padded_batch(_BLOCK, shapes)
+    convert = functools.partial(self._pack_block, lengths=lengths)
+    size = max(self._with_prompt(task_feature_lengths).values())  # seqio's
+    blocks = ds.padded_batch(size if self.pack else _BLOCK, shapes)
     return blocks.map(
-      self._convert_block, num_parallel_calls=tf.data.AUTOTUNE
+      convert if self.pack else self._convert_block,
+      num_parallel_calls=tf.data.AUTOTUNE,
     ).unbatch()
+
+  def _pack_block(self, rows: Example, lengths: Mapping[str, int]) -> Example:
+    """Model features of N padded examples, packed as by seqio."""
+    for key in ('inputs', 'targets'):
+      _check(
+        tf.shape(rows[key])[1] <= lengths[key],
+        f'{key} may have {lengths[key]} tokens, but an example has ',
+        tf.shape(rows[key])[1],
+      )
+    inputs, targets, _ = self._place(rows)
+    room = self._with_prompt(lengths)
+    return packing.features(inputs, targets, room, self.vocab_size, self.bos_id)
 
   def _convert_block(self, rows: Example) -> Example:
     """Model features of N padded examples, as seqio's of each of them."""

@@ -34,6 +34,8 @@ FEWGLUE = {
   'super_glue_boolq': 'BoolQ',
   'super_glue_cb': 'CB',
   'super_glue_copa': 'COPA',
+  'super_glue_multirc': 'MultiRC',
+  'super_glue_record': 'ReCoRD',
   'super_glue_rte': 'RTE',
   'super_glue_wic': 'WiC',
   'super_glue_wsc_true_false': 'WSC',
@@ -99,8 +101,8 @@ def choose(
   Raises:
     UserDataError: no rows, no such column, K below 1, or a class with too few.
   """
-  if k < 1:
-    raise UserDataError(f'K must be 1 or more, got {k}.')
+  if not isinstance(k, int) or k < 1:
+    raise UserDataError(f'K must be a whole number above 0, got {k!r}.')
   if not rows:
     raise UserDataError('There are no rows to choose from: the split is empty.')
   if label not in rows[0]:
@@ -143,7 +145,9 @@ def choose(
 
 
 def fewglue(task: str, folder: str) -> dict[str, list[Row]]:
-  """`train` and `dev` of FewGLUE-32dev, 32 rows each, with TFDS's columns.
+  """`train` and `dev` of FewGLUE-32dev, with TFDS's columns.
+
+  32 rows each; of MultiRC 32 questions, each answer a row.
 
   Raises:
     UserDataError: no such task, file or column.
@@ -156,16 +160,8 @@ def fewglue(task: str, folder: str) -> dict[str, list[Row]]:
   root = pathlib.Path(folder) / _known(task, FEWGLUE, 'FewGLUE')
   out = {}
   for split, name in (('train', 'train'), ('dev', 'dev32')):
-    path = root / f'{name}.jsonl'
-    rows = [row for _, row in row_files.read_rows(path)]
-    if task == 'super_glue_wsc_true_false':
-      rows = [{**row, **row['target']} for row in rows]
-    out[split] = [
-      tasks.sources._checked(
-        tasks.sources.data_set(task), row, f'{path}, row {i}', i, 'train'
-      )
-      for i, row in enumerate(rows)
-    ]
+    files = {'train': root / f'{name}.jsonl'}
+    out[split] = tasks.sources.read_rows(task, files)['train']
   return out
 
 
@@ -182,7 +178,7 @@ def lm_bff(task: str, folder: str, seed: int) -> dict[str, list[Row]]:
 
   name, columns = _known(task, LM_BFF, 'LM-BFF')
   path = pathlib.Path(folder) / f'{name}.jsonl'
-  data = tasks.sources.data_set(task)
+  kinds = tasks.sources.data_set(task).columns
   label = 'label-coarse' if task == 'trec' else 'label'
   out: dict[str, list[Row]] = {'train': [], 'dev': []}
   seeds = set()
@@ -194,7 +190,7 @@ def lm_bff(task: str, folder: str, seed: int) -> dict[str, list[Row]]:
     made = dict(zip(columns, row['text'], strict=True)) | {label: value}
     found = out[row['split']]
     where = f'{path}, line {line}'
-    found.append(tasks.sources._checked(data, made, where, len(found), 'train'))
+    found.append(tasks.columns.checked(kinds, made, where, len(found), 'train'))
   if not out['train'] or not out['dev']:
     raise UserDataError(
       f'{path} has no split of seed {seed}; its seeds are '
@@ -297,26 +293,24 @@ class FewShot:
     from prompt_jax import tasks
     from prompt_jax.instructions import rows
 
-    data = tasks.sources.data_set(self.task)
     if name == self.task:
       raise UserDataError(
         f'{name!r} is the whole task: give the few-shot one another '
         'MIXTURE_OR_TASK_NAME.'
       )
     out = self.splits()
-    for split in data.splits:
-      if split != 'train':
-        found = self._whole(rows, split)
-        out |= {split: found} if found else {}
+    for split in self._whole():
+      out[split] = rows.read_task(self.task, split, self.rows_dir)
     return tasks.sources.use_rows(self.task, out, name)
 
-  def _whole(self, rows: Any, split: str) -> list[Row]:
-    """A split to evaluate by; [] where there are no rows of it."""
-    if self.rows_dir is not None:
-      from prompt_jax import tasks
+  def _whole(self) -> list[str]:
+    """The splits to evaluate by that there are rows of."""
+    from prompt_jax import tasks
 
-      if split not in tasks.sources.local_files(self.task, self.rows_dir):
-        return []
+    if self.rows_dir is not None:
+      found = list(tasks.sources.local_files(self.task, self.rows_dir))
     elif self.source is not None:
-      return []  # nothing else was asked for; TFDS would download
-    return rows.read_task(self.task, split, self.rows_dir)
+      found = []  # nothing else was asked for; TFDS would download
+    else:
+      found = list(tasks.sources.data_set(self.task).splits)
+    return [split for split in found if split != 'train']

@@ -68,13 +68,22 @@ def digest(found: Fingerprint) -> str:
   return hashlib.sha256(text).hexdigest()[:16]
 
 
-def check(saved: Fingerprint, here: Fingerprint, where: str) -> None:
+ADVICE = (
+  'Give the INITIAL_CHECKPOINT_PATH and the model file of that run, or start a '
+  'new MODEL_DIR.'
+)
+
+
+def check(
+  saved: Fingerprint, here: Fingerprint, where: str, advice: str = ADVICE
+) -> None:
   """Refuses a base that differs, naming what does.
 
   Args:
     saved: of the checkpoint.
     here: of the base that has been loaded.
     where: the checkpoint, for the message.
+    advice: what to do, its end.
 
   Raises:
     BaseMismatch: a parameter is missing, new, of another shape, or another
@@ -102,10 +111,7 @@ def check(saved: Fingerprint, here: Fingerprint, where: str) -> None:
     if names:
       some = ', '.join(names[:4]) + (', ...' if len(names) > 4 else '')
       lines.append(f'  {len(names)} parameters {what}: {some}')
-  lines.append(
-    'Give the INITIAL_CHECKPOINT_PATH and the model file of that run, or '
-    'start a new MODEL_DIR.'
-  )
+  lines.append(advice)
   raise BaseMismatch('\n'.join(lines))
 
 

@@ -1,28 +1,37 @@
 """Mixtures of tasks from gin: rates, caps, a temperature, what is held out.
 
     prompt-jax train ... --gin_file=runs/mixture.gin \
-      --gin.MIXTURE_TASKS="('nli', 'glue_sst2')" --gin.HOLDOUT="('glue_rte',)"
+      --gin.MIXTURE_TASKS="('nli', 'glue_sst2')" --gin.HOLDOUT="('nli',)"
 
 registers a `seqio.Mixture` under the run's MIXTURE_OR_TASK_NAME. A task that is
-held out gives no example to training and is evaluated like the others.
+held out gives no example to training and is evaluated like the others; tasks
+of the same texts are held out with it.
 
 Not for tasks themselves (`prompt_jax.tasks`), nor for prompted ones (T0, FLAN),
 which are in `instructions/`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
+import numbers
 from typing import Any
 
+from absl import logging
 import seqio
 
 from prompt_jax import deltas
+from prompt_jax import feature_converters
 
 _NLI = (
   'glue_mnli', 'glue_mnli_matched', 'glue_mnli_mismatched', 'glue_qnli',
   'glue_rte', 'glue_wnli', 'glue_ax', 'snli', 'anli_r1', 'anli_r2', 'anli_r3',
   'super_glue_cb', 'super_glue_rte', 'super_glue_axb', 'super_glue_axg',
+)  # fmt: skip
+_MRQA = (
+  'mrqa_squad', 'mrqa_news_qa', 'mrqa_trivia_qa', 'mrqa_search_qa',
+  'mrqa_hotpot_qa', 'mrqa_natural_questions', 'mrqa_bio_asq', 'mrqa_drop',
+  'mrqa_duo_rc', 'mrqa_race', 'mrqa_relation_extraction', 'mrqa_textbook_qa',
 )  # fmt: skip
 # Tasks of one kind: who is tested on one of them has trained on none. A task of
 # two kinds, as ReCoRD, is held out with either. In the manner of FLAN, arXiv
@@ -41,15 +50,35 @@ CLUSTERS: Mapping[str, tuple[str, ...]] = {
   'commonsense': ('super_glue_copa', 'super_glue_record'),
   'reading': (
     'super_glue_boolq', 'super_glue_multirc', 'super_glue_record', 'squad',
+    *_MRQA, 'qa_out_of_domain',
   ),
   'data_to_text': ('e2e_nlg', 'web_nlg', 'dart'),
   'summarization': ('xsum', 'cnn_dailymail'),
 }  # fmt: skip
+# Tasks with the same texts, under other names, labels or splits: what one tests
+# on another may train on. The sentences of SST are MR's.
+SAME_TEXTS = (
+  ('glue_rte', 'super_glue_rte'),
+  ('glue_mnli', 'glue_mnli_matched', 'glue_mnli_mismatched'),
+  ('glue_ax', 'super_glue_axb'),
+  ('glue_mrpc', 'glue_mrpc_from_qqp'),
+  ('glue_qqp', 'glue_qqp_from_mrpc'),
+  ('glue_sst2', 'sst5', 'mr'),
+  ('squad', 'mrqa_squad'),
+  ('trec', 'trec_fine'),
+  ('super_glue_wsc_train', 'super_glue_wsc_eval',
+   'super_glue_wsc_true_false'),
+)  # fmt: skip
 _TASKLESS = 'taskless_'
 
 
 class MixtureError(ValueError):
   """A mixture that cannot be made."""
+
+
+def same_texts(task: str) -> tuple[str, ...]:
+  """The tasks with the texts of a task, itself among them."""
+  return next((group for group in SAME_TEXTS if task in group), (task,))
 
 
 def rate(num_examples: float, cap: float | None, temperature: float) -> float:
@@ -64,11 +93,16 @@ def rate(num_examples: float, cap: float | None, temperature: float) -> float:
     temperature: T, above 0.
 
   Raises:
-    MixtureError: no examples, or a cap or temperature not above 0.
+    MixtureError: no examples, a cap or temperature not above 0, or no number.
 
   Source: Raffel et al. 2020, arXiv 1910.10683, section 3.5.2;
   `seqio.mixing_rate_num_examples`.
   """
+  for value in (num_examples, temperature, 1 if cap is None else cap):
+    if not isinstance(value, numbers.Real):
+      raise MixtureError(
+        f'Rates, cap and temperature must be numbers, got {value!r}.'
+      )
   if not num_examples > 0 or math.isinf(num_examples):
     raise MixtureError(f'A rate must be above 0, got {num_examples!r}.')
   if cap is not None and not cap > 0:
@@ -90,10 +124,14 @@ class Mixture:
     cap: K, the most that a task counts for; None: no cap.
     temperature: T.
     holdout: tasks or clusters of the mixture that are evaluated only, in all
-      their forms: with `glue_rte` also `taskless_glue_rte`.
+      their forms: with `glue_rte` also `taskless_glue_rte`, and, of
+      `SAME_TEXTS`, `super_glue_rte`.
     clusters: name -> tasks; None: `CLUSTERS`.
     split: that is trained on and counted.
-    rows_dir: folder of local rows; None: TFDS's.
+    number_tasks: gives examples the number of their task as `task_ids`, in the
+      order of `expand`, for methods that keep tasks apart.
+    rows_dir: folder of local rows; None: TFDS's. Without rows there a task of a
+      cluster is left out, as is one that a mixture is evaluated on only.
   """
 
   tasks: Sequence[str] = ()
@@ -103,6 +141,7 @@ class Mixture:
   holdout: Sequence[str] = ()
   clusters: Mapping[str, Sequence[str]] | None = None
   split: str = 'train'
+  number_tasks: bool = False
   rows_dir: str | None = None
   # A task has its own; there are none of the mixture.
   labels = None
@@ -127,8 +166,8 @@ class Mixture:
     The tasks are registered before: `prompt_jax.tasks.register(vocabulary)`.
 
     Raises:
-      MixtureError: no tasks, none to train on, an unknown name, one twice, or a
-        rate that is not above 0.
+      MixtureError: no tasks, none to train on, an unknown name, one twice, a
+        rate that is not above 0, or `number_tasks` with tasks held out.
       UserDataError: local rows are wrong.
     """
     del vocabulary  # the tasks have it
@@ -136,9 +175,8 @@ class Mixture:
       raise MixtureError(
         f'{name!r} is a task: give the mixture another MIXTURE_OR_TASK_NAME.'
       )
-    names = self.expand()
+    names = self._with_rows(self.expand())
     held_out = self._held_out(names)
-    self._use_rows(names)
     tasks = [seqio.TaskRegistry.get(task) for task in names]
     trained = [
       t for t in tasks if t.name not in held_out and self.split in t.splits
@@ -149,13 +187,21 @@ class Mixture:
         f'{", ".join(held_out) or "none"} are held out, and the others have no '
         f'split {self.split!r}.'
       )
+    if self.number_tasks and held_out:
+      raise MixtureError(
+        f'{held_out[0]!r} is held out, so that nothing is trained for its '
+        'number: leave it out of the mixture, or NUMBER_TASKS.'
+      )
     rates = self._rates(trained, names)
-    parts = [
-      (task, rates[task.name])
-      if task.name in rates
-      else (evaluated_only(task, self.split), 1.0)
-      for task in tasks
-    ]
+    parts = []
+    for number, task in enumerate(tasks):
+      if self.number_tasks:
+        logging.info('task_ids %d: %s', number, task.name)
+        task = numbered(task, number)
+      if task.name in rates:
+        parts.append((task, rates[task.name]))
+      else:
+        parts.append((evaluated_only(task, self.split), 1.0))
     return add(name, parts)
 
   def expand(self) -> list[str]:
@@ -223,7 +269,8 @@ class Mixture:
     """The tasks of the mixture that are held out, in all their forms."""
     out: dict[str, None] = {}
     for name in self.holdout:
-      bases = {t.removeprefix(_TASKLESS) for t in self._members(name)}
+      members = [t.removeprefix(_TASKLESS) for t in self._members(name)]
+      bases = {same for task in members for same in same_texts(task)}
       found = [t for t in names if t.removeprefix(_TASKLESS) in bases]
       if not found:
         raise MixtureError(
@@ -233,17 +280,27 @@ class Mixture:
       out |= dict.fromkeys(found)
     return list(out)
 
-  def _use_rows(self, names: Iterable[str]) -> None:
+  def _with_rows(self, names: Sequence[str]) -> list[str]:
+    """Makes the tasks read local rows; those that have them."""
     if self.rows_dir is None:
-      return
+      return list(names)
     from prompt_jax import tasks
 
-    for name in names:
-      tasks.use_rows_dir(name, self.rows_dir)
+    needed = {t for t in self.tasks if t in seqio.TaskRegistry.names()}
+    for name in set(self.tasks) & set(seqio.MixtureRegistry.names()):
+      found = [seqio.TaskRegistry.get(t) for t in self._members(name)]
+      needed |= {t.name for t in found if self.split in t.splits}
+    without = tasks.sources.use_rows_of(names, self.rows_dir, needed)
+    return [name for name in names if name not in without]
 
   def _rates(
     self, tasks: Sequence[seqio.Task], names: Sequence[str]
   ) -> dict[str, float]:
+    if not isinstance(self.rates, Mapping | None):
+      raise MixtureError(
+        f'The rates must be by task, as in {{{names[0]!r}: 1000}}, got '
+        f'{self.rates!r}.'
+      )
     given = dict(self.rates or {})
     unknown = [name for name in given if name not in names]
     if unknown:
@@ -275,6 +332,19 @@ def add(name: str, parts: Sequence[tuple[seqio.Task, float]]) -> seqio.Mixture:
   made = seqio.Mixture(name, list(parts))
   seqio.MixtureRegistry.add_provider(name, made)
   return made
+
+
+def numbered(task: seqio.Task, number: int) -> seqio.Task:
+  """The task with `task_ids` in its examples."""
+  vocabulary = task.output_features['targets'].vocabulary
+  ids = feature_converters.output_features(vocabulary, task_ids=True)
+  key = feature_converters.TASK_IDS
+  return task.replace(
+    preprocessors=[
+      *task.preprocessors, feature_converters.add_task_id(number)
+    ],
+    output_features={**task.output_features, key: ids[key]},
+  )  # fmt: skip
 
 
 def evaluated_only(task: seqio.Task, split: str = 'train') -> seqio.Task:

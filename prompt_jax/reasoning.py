@@ -6,8 +6,8 @@
     chosen = reasoning.vote(texts, log_probs)  # of many
 
 `prompt-jax infer` with `--gin.DECODE_FN=@decoding.temperature_sample` and
-`--gin.NUM_DECODES=40` writes texts and log-probabilities, `vote_file` reads
-them.
+`--gin.NUM_DECODES=40` writes texts and log-probabilities; `prompt-jax vote`, or
+`vote_file`, reads them.
 
 Source: Wei et al. 2022, arXiv 2201.11903 (demonstrations with rationales);
 Kojima et al. 2022, arXiv 2205.11916 (the cue without them); Wang et al. 2022,
@@ -29,7 +29,12 @@ MARKER = 'The answer is'
 CUE = "Let's think step by step."
 # Behind a first call's reasoning, to get its answer by a second one.
 EXTRACTION_CUE = 'Therefore, the answer is'
-_NUMBER = re.compile(r'[-+]?\$?\d[\d,]*(?:\.\d+)?')
+# Alone, or in front of a unit: not of 1/2, 10:30, 2024-05-01, 1.2.3, 2 1/2, 2^5
+# and 5 pm, whose rest matters. Possessive, or 10:30 would be a 1.
+_NUMBER = re.compile(
+  r'[-+]?\$?\d[\d,]*+(?:\.\d++)?+(?![/:.\-]\d|\s+[\d/]|\s*[ap]\.?m\b)'
+  r"""(?=$|[\s%°$€£a-z.,;:!?)\]"'-])"""
+)
 
 WEIGHTS = ('equal', 'probability')
 
@@ -60,10 +65,12 @@ def extraction(
 
 
 def normal(text: str) -> str:
-  """An answer to compare: a number alone where it begins with one.
+  """An answer to compare: a number alone where it is one, with a unit or not.
 
   >>> normal(' $1,250.00 dollars. '), normal('(B)'), normal('Yes!')
   ('1250', 'b', 'yes')
+  >>> normal('1/2.'), normal('10:30'), normal('5 %')
+  ('1/2', '10:30', '5')
   """
   text = text.strip().lower()
   number = _NUMBER.match(text)
@@ -119,11 +126,11 @@ def vote(
   """The majority of the decodes that have an answer.
 
   Of answers with equally many votes the one whose log-probabilities sum to the
-  most; then the one that is smallest as text, so that no order matters.
+  most; then the one that is seen first.
 
   Args:
     texts: decodes of one input.
-    log_probs: of each; None: ties go by text.
+    log_probs: of each; None: ties go to the first.
     weights: 'equal', a vote a decode; 'probability', exp(log p) divided by the
       sum over the decodes with an answer (which needs log_probs).
     marker: as `answer`.
@@ -156,9 +163,9 @@ def vote(
     weight = math.exp(logs[i] - top) if weights == 'probability' else 1.0
     shares.setdefault(said, []).append(weight)
     sums.setdefault(said, []).append(float(logs[i]))
-  # fsum: the same whatever the order.
+  # fsum: the same whatever the order. Of equals `max` takes the first.
   counts = {said: math.fsum(found) for said, found in shares.items()}
-  best = min(counts, key=lambda a: (-counts[a], -math.fsum(sums[a]), a))
+  best = max(counts, key=lambda a: (counts[a], math.fsum(sums[a])))
   share = counts[best] / math.fsum(counts.values())
   return Vote(best, share, len(known), len(texts))
 
@@ -203,3 +210,20 @@ def vote_file(
     'first_accuracy': 100.0 * float(np.mean(first)),
     'no_answer': 100.0 * float(np.mean([v.answer is None for v in votes])),
   }, votes
+
+
+def vote_decodes(decodes: str, weights: str = 'equal') -> dict[str, float]:
+  """`prompt-jax vote`: prints what `vote_file` says of a file, in per cent.
+
+  Args:
+    decodes: the file.
+    weights: as `vote`.
+
+  Raises:
+    ValueError: as `vote_file` and `vote`.
+  """
+  scores, votes = vote_file(decodes, weights)
+  for name, value in scores.items():
+    print(f'{name:<16}{value:.2f}')
+  print(f'{"inputs":<16}{len(votes)}')
+  return scores

@@ -4,7 +4,7 @@ A `Run` is the resolved configuration: model, data, mesh, base checkpoint.
 `Run.load` places the frozen base on the devices; nothing here trains.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -24,6 +24,7 @@ from prompt_jax import fingerprints
 from prompt_jax import models
 from prompt_jax import optimizers
 from prompt_jax import partitioning
+from prompt_jax import sources
 from prompt_jax import train_state
 from prompt_jax import trainer
 from prompt_jax import user_data as user_data_lib
@@ -69,6 +70,8 @@ class Run:
     user_data: the user's own files, if there are any.
     rows_dir: folder with the rows of benchmark sets, <task>/<split>.jsonl, to
       read in place of TFDS; None: TFDS.
+    use_cached: whether to read seqio's offline caches in place of rows.
+    cache_dirs: folders in which seqio looks for them.
     seed: of everything that is drawn: base, method, dropout, order of data.
   """
 
@@ -81,6 +84,8 @@ class Run:
   )
   user_data: user_data_lib.UserData | None = None
   rows_dir: str | None = None
+  use_cached: bool = False
+  cache_dirs: Sequence[str] = ()
   seed: int = 0
 
   def __post_init__(self):
@@ -99,7 +104,8 @@ class Run:
 
     Raises:
       ValueError: the vocabulary has more ids than the embedding has rows,
-        there is no task of that name, or local rows are wrong.
+        there is no task of that name or no cache of it, or local rows are
+        wrong.
     """
     from prompt_jax import tasks
 
@@ -108,7 +114,7 @@ class Run:
     tasks.register(vocabulary)
     given = self.user_data is not None and self.user_data.given
     if self.rows_dir is not None:
-      if given:
+      if given and self.mixture_or_task_name not in tasks.sources.names():
         raise ValueError(
           'ROWS_DIR is for benchmark sets, and there are data of your own '
           '(--train_data, --eval_data): give one of the two.'
@@ -116,15 +122,24 @@ class Run:
       tasks.use_rows_dir(self.mixture_or_task_name, self.rows_dir)
     if self.user_data is not None and given:
       self.user_data.register(self.mixture_or_task_name, vocabulary)
-    datasets.find_task(self.mixture_or_task_name)
+    provider = datasets.find_task(self.mixture_or_task_name)
+    if self.use_cached:
+      from prompt_jax import caching
 
-  def converter(self, pack: bool = False) -> Any:
-    """From task features to model features, with the method's soft tokens."""
+      caching.use(provider, self.cache_dirs)
+
+  def converter(self, pack: bool = False, soft_ids: Any = None) -> Any:
+    """From task features to model features, with the method's soft tokens.
+
+    Args:
+      pack: several examples in a row.
+      soft_ids: in place of the method's.
+    """
     cls = feature_converters.EncDecFeatureConverter
     if isinstance(self.model, models.DecoderOnlyModel):
       cls = feature_converters.DecoderOnlyFeatureConverter
     return cls(
-      soft_ids=self.model.soft_ids,
+      soft_ids=self.model.soft_ids if soft_ids is None else soft_ids,
       vocab_size=self.model.config.vocab_size,
       pack=pack,
     )
@@ -134,6 +149,7 @@ class Run:
     return datasets.DatasetConfig(
       mixture_or_task_name=self.mixture_or_task_name,
       task_feature_lengths=self.task_feature_lengths,
+      use_cached=self.use_cached,
       seed=self.seed,
       **fields,
     )
@@ -167,6 +183,8 @@ class Run:
 
     Raises:
       convert.CheckpointMismatch: names or shapes differ; all are listed.
+      CheckpointError: the method reads a file of another vocabulary.
+      fingerprints.BaseMismatch: it reads a file of another base.
     """
     tuned, _ = self.model.split(self.expected)
     keep = set(train_state.flatten(tuned))
@@ -177,6 +195,9 @@ class Run:
       x = arrays.pop(path)()
       sums |= fingerprints.fingerprint({path: x})
       found[path] = x if path in keep else x.astype(dtype)
+    fingerprint = dict(sorted(sums.items()))
+    if files := sources.files(self.model.method):
+      sources.check(files, fingerprint, self.vocabulary_fingerprint)
     network = {path: x for path, x in found.items() if path in keep}
     frozen = {path: x for path, x in found.items() if path not in keep}
     constants = self.model.constants(train_state.unflatten(found))
@@ -187,7 +208,7 @@ class Run:
     return Base(
       frozen=train_state.unflatten(frozen),
       network=train_state.unflatten(network),
-      fingerprint=dict(sorted(sums.items())),
+      fingerprint=fingerprint,
       step=step,
     )
 

@@ -39,11 +39,14 @@ def constant(base: float) -> Schedule:
 
 
 def warmup_and_linear_decay(
-  base_learning_rate: float, total_steps: int, warmup: float = 0.06
+  base_learning_rate: float,
+  total_steps: int,
+  warmup: float = 0.06,
+  warmup_steps: int | None = None,
 ) -> Schedule:
   """T-Few's schedule: up to the base rate in a line, and down to 0 in another.
 
-  With T = total_steps and w = warmup * T:
+  With T = total_steps and w = warmup * T, or warmup_steps:
 
     base_learning_rate * min(s / w, (T - s) / (T - w)), and 0 from T on
 
@@ -51,6 +54,8 @@ def warmup_and_linear_decay(
     base_learning_rate: the highest.
     total_steps: T.
     warmup: share of the steps in which the rate rises; 0 for none.
+    warmup_steps: their number, in place of `warmup`. Of a run that is shorter
+      the rate rises to its end.
 
   Raises:
     ValueError: a number is out of its range.
@@ -62,10 +67,14 @@ def warmup_and_linear_decay(
   require(total_steps >= 1, 'total_steps', 'at least 1', total_steps)
   require(0 <= warmup < 1, 'warmup', 'at least 0 and below 1', warmup)
   w = warmup * total_steps
+  if warmup_steps is not None:
+    require(warmup_steps >= 0, 'warmup_steps', 'at least 0', warmup_steps)
+    w = warmup_steps
+  fall = total_steps - w if w < total_steps else 1
 
   def schedule(step):
     s = jnp.asarray(step, jnp.float32)
-    down = jnp.maximum(0.0, (total_steps - s) / (total_steps - w))
+    down = jnp.maximum(0.0, (total_steps - s) / fall)
     up = s / w if w else jnp.ones_like(s)
     return jnp.asarray(base_learning_rate, jnp.float32) * jnp.minimum(up, down)
 

@@ -2,6 +2,8 @@
 
     print(seeds.compare({13: 71.2, 21: 69.0}, {13: 66.1, 21: 68.2}))
 
+`prompt-jax compare_seeds` reads the scores from runs.
+
 Seeds are pairs: both methods have seen the same rows under each. With five of
 them an exact test of ranks or signs cannot give a two-sided p below 2 / 2^5 =
 0.0625, which `compare` says.
@@ -122,3 +124,53 @@ def compare(
   return Comparison(
     one, other, float(np.mean(x - y)), p, test, 0.0 if test == 't' else least
   )
+
+
+def compare_runs(
+  result: Sequence[str],
+  reference: Sequence[str],
+  metric: str = 'rank_accuracy',
+  split: str = 'validation',
+  test: str = 'permutation',
+) -> dict[str, Comparison]:
+  """`prompt-jax compare_seeds`: prints the comparison of each task.
+
+  Args:
+    result: SEED=PATH of the first method, a run or a file of `prompt-jax eval`.
+    reference: the same of the other.
+    metric: that both have.
+    split: of runs.
+    test: as `compare`.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: a text that is no SEED=PATH, a seed twice, a file without the
+      metric, one that has other tasks, or as `compare`.
+  """
+  a, b = (_by_task(texts, metric, split) for texts in (result, reference))
+  if set(a) != set(b):
+    raise ValueError(
+      f'The results have the tasks {sorted(a)}, the references {sorted(b)}.'
+    )
+  out = {task: compare(a[task], b[task], test) for task in a}
+  for task, found in out.items():
+    print(f'{task}, {metric}: {found}')
+  return out
+
+
+def _by_task(
+  texts: Sequence[str], metric: str, split: str
+) -> dict[str, dict[int, float]]:
+  """Task -> seed -> score."""
+  from prompt_jax import recovery
+
+  out: dict[str, dict[int, float]] = {}
+  for text in texts:
+    seed, equals, path = text.partition('=')
+    if not (seed.isdigit() and equals and path):
+      raise ValueError(f'Expected SEED=PATH, as in 13=RUN, got {text!r}.')
+    for task, score in recovery.read_scores([path], metric, split).items():
+      if int(seed) in out.setdefault(task, {}):
+        raise ValueError(f'Seed {seed} of {task} is there twice: {text!r}.')
+      out[task][int(seed)] = score
+  return out

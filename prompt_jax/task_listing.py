@@ -135,17 +135,16 @@ def _count(number: int | None) -> str:
 
 
 def _local(name: str, rows_dir: str | None) -> dict[str, pathlib.Path]:
-  """Local files of a task; none where its folder is not there."""
+  """Local files of a task; none where there are none."""
   from prompt_jax import tasks
 
   sources = tasks.sources
   if rows_dir is None or name not in sources.names():
     return {}
-  data = sources.data_set(name)
-  root = pathlib.Path(rows_dir)
-  if root.is_dir() and not any((root / f).is_dir() for f in data.folders):
+  try:
+    return sources.local_files(name, rows_dir)
+  except sources.NoLocalRows:
     return {}
-  return sources.local_files(name, rows_dir)
 
 
 def _sizes(task: Any, rows_dir: str | None) -> dict[str, int | None]:

@@ -106,7 +106,7 @@ class TaskSampledIterator:
         taken[task] += count
     self._examples = []
     for task, skipped in zip(tasks, taken.tolist(), strict=True):
-      one = dataclasses.replace(config, mixture_or_task_name=task.name)
+      one = dataclasses.replace(config, subtask=task.name)
       examples = datasets.get_dataset(one, converter).unbatch()
       self._examples.append(datasets.TrainIterator(examples, start=skipped))
 

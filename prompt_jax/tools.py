@@ -53,4 +53,17 @@ TOOLS: dict[str, tuple[str, str, tuple[Flag, ...]]] = {
       Flag('output', 'FILE', 'a .png; the table goes beside it'),
     ),
   ),
+  'compare_seeds': (
+    'seeds.compare_runs',
+    'whether two methods differ over seeds: a paired test',
+    (
+      Flag('result', 'SEED=PATH', 'scores of a seed: a run or a file', True),
+      Flag('reference', 'SEED=PATH', "the other's, of the same seeds", True),
+    ),
+  ),
+  'vote': (
+    'reasoning.vote_decodes',
+    'self-consistency: a vote over sampled reasoning',
+    (Flag('decodes', 'FILE', 'of prompt-jax infer with NUM_DECODES'),),
+  ),
 }

@@ -25,6 +25,7 @@ from prompt_jax import loop as loop_lib
 from prompt_jax import optimizers
 from prompt_jax import reporting
 from prompt_jax import run as run_lib
+from prompt_jax import task_sampling
 from prompt_jax import trainer
 
 
@@ -38,6 +39,7 @@ def train(
   learning_rate_fn: Callable[[Any], Any],
   pack: bool = False,
   resident_rows: int = 16384,
+  stochastic_tasks: bool = False,
   train_split: str = 'train',
   eval_config: evaluation.EvalConfig | None = None,
   num_microbatches: int = 1,
@@ -63,6 +65,8 @@ def train(
     resident_rows: a training split of at most that many rows is read once and
       kept on the devices, if it is a task's and nothing random is done to it;
       its rows are drawn without replacement, epoch by epoch.
+    stochastic_tasks: whether a batch draws first which tasks of a mixture it
+      holds (`task_sampling`); of one task nothing changes.
     train_split: of the task.
     eval_config: how to evaluate; None for no evaluation.
     num_microbatches: parts of a batch whose gradients are added up.
@@ -127,7 +131,9 @@ def train(
       loop = loop_lib.Loop(
         run=run,
         base=base,
-        feed=_feed(run, abstract, step_fn, data, resident_rows, start),
+        feed=_feed(
+          run, abstract, step_fn, data, resident_rows, stochastic_tasks, start
+        ),
         checkpointer=checkpointer,
         reporter=reporting.Reporter(
           directory, int(state.step), total_steps, run.mixture_or_task_name
@@ -182,13 +188,18 @@ def _feed(
   step_fn: Any,
   config: datasets.DatasetConfig,
   resident_rows: int,
+  stochastic_tasks: bool,
   start: int,
 ) -> feeds.Streamed | feeds.Resident:
   """The batches from `start` on, with the compiled steps on them."""
   converter, partitioner = run.converter(config.pack), run.partitioner
   rows = feeds.read_rows(config, converter, resident_rows)
   if rows is None:
-    iterator = datasets.TrainIterator(config, converter, start)
+    read: Any = datasets.TrainIterator
+    provider = datasets.find_task(config.mixture_or_task_name)
+    if stochastic_tasks and len(datasets.subtasks(provider)) > 1:
+      read = task_sampling.TaskSampledIterator
+    iterator = read(config, converter, start)
     compiled = _compile(run, abstract, step_fn)
     return feeds.Streamed(iterator, compiled, partitioner.put_batch)
   partitioner.check_rows(config.batch_size)
@@ -224,7 +235,14 @@ def _lengths(run: run_lib.Run, split: str) -> str:
   """How many texts are cut; said once, before the first step."""
   provider = datasets.find_task(run.mixture_or_task_name)
   return '\n'.join(
-    str(datasets.length_report(task.name, split, run.task_feature_lengths))
+    str(
+      datasets.length_report(
+        task.name,
+        split,
+        run.task_feature_lengths,
+        use_cached=run.use_cached,
+      )
+    )
     for task in datasets.subtasks(provider)
     if split in task.splits  # others of a mixture are evaluated only
   )

@@ -60,6 +60,8 @@ class UserData:
     labels: the classes of a classification; None: the choices of the targets,
       if they are `{column: bad | good}`.
     skip_bad_rows: leave bad rows out, counted, instead of stopping.
+    task_id: the number of these data among the tasks of a method that keeps
+      several apart.
   """
 
   train_data: str | None = None
@@ -68,6 +70,7 @@ class UserData:
   targets: str | None = None
   labels: Sequence[str] | None = None
   skip_bad_rows: bool = False
+  task_id: int | None = None
 
   def __post_init__(self):
     if self.given and self.labels is None:
@@ -98,11 +101,15 @@ class UserData:
 
   @property
   def given(self) -> bool:
-    """Whether there are any files."""
+    """Whether there are any files, or templates for a benchmark task."""
+    return self._files or bool(self.inputs or self.targets)
+
+  @property
+  def _files(self) -> bool:
     return bool(self.train_data or self.eval_data)
 
   def register(self, name: str, vocabulary: seqio.Vocabulary) -> UserTask:
-    """Registers the files as the task `name`.
+    """Registers the files as the task `name`, or a benchmark's rows anew.
 
     Raises:
       UserDataError: a template is missing, or as `register`.
@@ -112,15 +119,26 @@ class UserData:
         "Data of your own need --inputs='...' and --targets='...', templates "
         'with the names of columns in braces.'
       )
+    from prompt_jax import benchmark_templates
+
+    if not self._files and not self.labels:
+      found = benchmark_templates.own_labels(name, self.inputs, self.targets)
+      object.__setattr__(self, 'labels', found or None)
+    more: Any = {
+      'inputs': self.inputs,
+      'targets': self.targets,
+      'labels': None if self.labels == self._own_labels else self.labels,
+      'vocabulary': vocabulary,
+      'task_id': self.task_id,
+    }
+    if not self._files:
+      return benchmark_templates.register(name, **more)
     return register(
       name,
       train_data=self.train_data,
       eval_data=self.eval_data,
-      inputs=self.inputs,
-      targets=self.targets,
-      labels=None if self.labels == self._own_labels else self.labels,
-      vocabulary=vocabulary,
       skip_bad_rows=self.skip_bad_rows,
+      **more,
     )
 
 
@@ -174,17 +192,13 @@ def register(
     if path is not None:
       examples[split], skipped[split] = _load(path, render, skip_bad_rows)
 
-  preprocessors: list[Any] = [*render.fitting, seqio.preprocessors.tokenize]
-  if task_id is not None:
-    preprocessors.append(feature_converters.add_task_id(task_id))
-  preprocessors.append(feature_converters.trim_and_append_eos)
   if metric_fns is None:
     metric_fns = _default_metrics(render.label_texts)
   seqio.TaskRegistry.remove(name)
   seqio.TaskRegistry.add(
     name,
     source=cast(Any, RowsDataSource(examples)),
-    preprocessors=preprocessors,
+    preprocessors=preprocessors(render, task_id),
     postprocess_fn=_stripped,
     metric_fns=list(metric_fns),
     output_features=feature_converters.output_features(
@@ -195,6 +209,17 @@ def register(
   _registered.add(name)
   num_rows = {split: len(rows) for split, rows in examples.items()}
   return UserTask(name, num_rows, skipped, render.label_texts)
+
+
+def preprocessors(render: Any, task_id: int | None) -> list[Any]:
+  """Those of rendered rows: fitting, tokens, the task's number, EOS."""
+  number = [] if task_id is None else [feature_converters.add_task_id(task_id)]
+  return [
+    *render.fitting,
+    seqio.preprocessors.tokenize,
+    *number,
+    feature_converters.trim_and_append_eos,
+  ]
 
 
 class RowsDataSource(seqio.FunctionDataSource):

@@ -15,12 +15,14 @@ import pathlib
 import seqio
 
 from . import classification
+from . import columns as columns
 from . import docstrings
 from . import generation
 from . import glue
 from . import language_modelling
 from . import nli
 from . import pocket
+from . import postprocessors as postprocessors
 from . import question_answering
 from . import sources
 from . import super_glue

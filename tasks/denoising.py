@@ -5,13 +5,15 @@ spans between as many spans that stay, each of at least one token. In the inputs
 every noise span is a sentinel, in the targets every span that stays:
 
     tokens   Thank you for inviting me to your party last week
-    inputs   Thank you <0> me to your party <1> week
-    targets  <0> for inviting <1> last
+    inputs   Thank you <0> me to your party <1>
+    targets  <0> for inviting <1> last week
 
-(and EOS after both). Sentinels count down from the last id. The text is cut
-into pieces of the one length that makes the inputs as long as they may be.
+(and EOS after both; more noise than 0.15, to show two spans). A piece ends with
+noise, so that no sentinel closes the targets. Sentinels count down from the
+last id. The text is cut into pieces of the one length that makes the inputs as
+long as they may be.
 `prefix_lm`: a piece is cut at a random token, into inputs and targets.
-`full_lm`: documents with EOS, one after the other, in pieces; no inputs.
+`full_lm`: documents, each with EOS, one after the other, in pieces; no inputs.
 
 Draws are stateless: they depend on the seed of `get_dataset` alone.
 
@@ -126,10 +128,11 @@ def full_lm(
   output_features: Mapping[str, Any],
   sequence_length: Mapping[str, int] | None = None,
 ) -> tf.data.Dataset:
-  """Pieces of documents that follow each other, EOS at the end of each.
+  """Pieces of documents that follow each other, EOS at the end of each one.
 
-  The inputs are empty, but for the EOS that the task puts there: for decoders.
-  A piece is one token shorter than the targets, which end with an EOS, too.
+  A piece is as long as the targets and ends where it does: the feature has no
+  EOS of its own (`add_eos`). The inputs are empty, but for the EOS that the
+  task puts there: for decoders.
   """
   eos = output_features['targets'].vocabulary.eos_id
 
@@ -137,7 +140,7 @@ def full_lm(
     tokens = row['targets']
     return {'targets': tf.concat([tokens, [tf.cast(eos, tokens.dtype)]], 0)}
 
-  length = {**LENGTHS, **(sequence_length or {})}['targets'] - 1
+  length = {**LENGTHS, **(sequence_length or {})}['targets']
   pieces = _pieces(_joined(_chunks(dataset).map(ended)), length)
   return pieces.map(lambda row: {'inputs': row['targets'][:0], **row})
 

@@ -82,6 +82,12 @@ SPECS = {
   'ax': Spec('mnli', _NLI_FIELDS, _NLI, (), splits=('test',)),
 }  # fmt: skip
 
+# Of MNLI's folder what these two tasks read; they may have their own.
+_ENDS = ('matched', 'mismatched')
+_MNLI_FILES = {
+  f'mnli_{end}': {s: f'{s}_{end}' for s in ('validation', 'test')}
+  for end in _ENDS
+}
 # From the task that is trained on to the one that it is tried on.
 TRANSFERS = (('qqp', 'mrpc'), ('mrpc', 'qqp'))
 # Of every task with labels: their texts, for rank classification.
@@ -108,7 +114,7 @@ def register(vocabulary: seqio.Vocabulary) -> list[str]:
     for name, spec in SPECS.items():
       data = _data_set(name, spec, bool(form))
       names.append(sources.add(f'{form}glue_{name}', data, vocabulary))
-    mnli = [f'{form}glue_mnli{end}' for end in ('', '_matched', '_mismatched')]
+    mnli = [f'{form}glue_mnli', *(f'{form}glue_mnli_{end}' for end in _ENDS)]
     names.append(sources.add_mixture(f'{form}glue_mnli_and_dev', mnli))
     for source, target in TRANSFERS:
       names += _register_transfer(form, source, target, vocabulary)
@@ -143,7 +149,17 @@ def _data_set(name: str, spec: Spec, taskless: bool) -> DataSet:
     spec.metric_fns,
     spec.labels,
     spec.splits,
+    **_folders(name),
   )
+
+
+def _folders(name: str) -> dict[str, Any]:
+  if name not in _MNLI_FILES:
+    return {'folders': (f'glue_{name}',)}
+  return {
+    'folders': (f'glue_{name}', 'glue_mnli'),
+    'files_in': {'glue_mnli': _MNLI_FILES[name]},
+  }
 
 
 def columns(spec: Spec) -> dict[str, Any]:

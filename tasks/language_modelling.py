@@ -52,6 +52,7 @@ def _data_set(objective: str, **corpus: Any) -> DataSet:
     columns={'text': str},
     texts=[sources.mapped(_documents)],
     tokens=[OBJECTIVES[objective]],
+    add_eos=objective != 'lm',  # its documents have their own
     **corpus,
   )
 

@@ -160,13 +160,14 @@ def record(dataset: tf.data.Dataset, *, name: str) -> tf.data.Dataset:
 def question_answering(row: Row, *, answers: Callable[[Row], tf.Tensor]) -> Row:
   """'question: ... context: ...' to the first answer; all in `answers`.
 
-  Spaces stand around punctuation, as in T5's code. T5 has no name here.
+  Spaces stand around punctuation, as in T5's code, and no two of them together
+  in the inputs. T5 has no name here.
   """
   texts = _spaced(answers(row))
   spaced = {key: _spaced(row[key]) for key in ('question', 'context')}
   # A test row may have no answer.
   return {
-    'inputs': _fields_text(spaced, '', ('question', 'context')),
+    'inputs': _one_space(_fields_text(spaced, '', ('question', 'context'))),
     'targets': tf.concat([texts, [NO_LABEL]], axis=0)[0],
     'answers': texts,
   }
@@ -213,6 +214,10 @@ def _starts_with(text: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
 
 def _spaced(text: tf.Tensor) -> tf.Tensor:
   text = tf.strings.regex_replace(text, r'([[:punct:]])', r' \1 ')
+  return _one_space(text)
+
+
+def _one_space(text: tf.Tensor) -> tf.Tensor:
   return tf.strings.regex_replace(text, r'\s+', ' ')
 
 

@@ -12,11 +12,12 @@ with TFDS's names of the columns. A set that TFDS lacks is read there only.
 Not for your own data in a form of your own: `prompt_jax.user_data`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses
 import pathlib
 from typing import Any, cast
 
+from absl import logging
 import seqio
 
 from prompt_jax import deltas
@@ -25,11 +26,18 @@ from prompt_jax import row_files
 from prompt_jax import user_data
 from prompt_jax.row_files import UserDataError
 
+from . import columns
+from . import tfds_rows
+
 Row = dict[str, Any]
 SPLITS = ('train', 'validation', 'test')
 TASKLESS = 'taskless_'
 LABEL = 'label'  # TFDS's usual name of the column
 _SUFFIXES = ('.jsonl', '.csv', '.tsv')
+
+
+class NoLocalRows(UserDataError):
+  """A folder of local rows has none of a task."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +55,11 @@ class DataSet:
     metric_fns: seqio's.
     labels: the texts that an answer is chosen from; () where it is free.
     tokens: dataset preprocessors of the tokens.
+    add_eos: whether targets end with EOS; False where `tokens` put theirs.
     folders: of local rows, the first that is there; (): the task's name.
     files: file of each split, without its ending, where its name is not the
       split's; a folder may then hold files of other tasks.
+    files_in: the same for some of the folders alone.
     expand: from a row of a file, and its split, to rows with `columns`, where
       files hold another form than TFDS.
   """
@@ -62,8 +72,12 @@ class DataSet:
   labels: tuple[str, ...] = ()
   splits: tuple[str, ...] = SPLITS
   tokens: Sequence[Callable[..., Any]] = ()
+  add_eos: bool = True
   folders: tuple[str, ...] = ()
   files: Mapping[str, str] | None = None
+  files_in: Mapping[str, Mapping[str, str]] = dataclasses.field(
+    default_factory=dict
+  )
   expand: Callable[[Row, str], Iterable[Row]] | None = None
 
 
@@ -76,6 +90,8 @@ def add(name: str, data: DataSet, vocabulary: seqio.Vocabulary) -> str:
   """Registers a task in place of its namesake; gives its name."""
   folders = data.folders or (name.removeprefix(TASKLESS),)
   data = dataclasses.replace(data, folders=folders)
+  features = feature_converters.output_features(vocabulary)
+  targets = dataclasses.replace(features['targets'], add_eos=data.add_eos)
   seqio.TaskRegistry.remove(name)
   seqio.TaskRegistry.add(
     name,
@@ -89,7 +105,7 @@ def add(name: str, data: DataSet, vocabulary: seqio.Vocabulary) -> str:
     ],
     postprocess_fn=data.postprocess_fn,
     metric_fns=list(data.metric_fns),
-    output_features=feature_converters.output_features(vocabulary),
+    output_features={**features, 'targets': targets},
   )
   _data_sets[name] = data
   return name
@@ -168,7 +184,11 @@ def data_set(name: str) -> DataSet:
 
 def _source(name: str, data: DataSet) -> Any:
   if data.tfds is not None:
-    return seqio.TfdsDataSource(tfds_name=data.tfds, splits=list(data.splits))
+    return tfds_rows.TfdsRows(
+      expected(data, data.splits),
+      tfds_name=data.tfds,
+      splits=list(data.splits),
+    )
 
   def missing(split: str, shuffle_files: bool, seed: int | None = None) -> Any:
     del shuffle_files, seed
@@ -184,21 +204,8 @@ def expected(data: DataSet, splits: Iterable[str]) -> str:
   """The local files that a task looks for, in words."""
   stems = [(data.files or {}).get(split, split) for split in splits]
   files = ', '.join(f'DIR/{data.folders[0]}/{stem}.jsonl' for stem in stems)
-  columns = ', '.join(map(_described, data.columns.items()))
-  return f'{files} (or .csv, .tsv; columns: {columns})'
-
-
-def _described(column: tuple[str, Any]) -> str:
-  name, kind = column
-  if isinstance(kind, dict):
-    return f'{name} with {" and ".join(kind)}'
-  if isinstance(kind, tuple):
-    return f'{name}: {_numbered(kind)}'
-  return f'{name} (a list)' if isinstance(kind, list) else name
-
-
-def _numbered(texts: tuple[str, ...]) -> str:
-  return ', '.join(f'{i} = {text}' for i, text in enumerate(texts))
+  texts = ', '.join(map(columns.described, data.columns.items()))
+  return f'{files} (or .csv, .tsv; columns: {texts})'
 
 
 # ---- local rows --------------------------------------------------------------
@@ -210,8 +217,8 @@ def local_files(
   """The files of a task's splits below a folder.
 
   Raises:
-    UserDataError: the folder, the task's folder or its files are not there, or
-      a file is no split's.
+    NoLocalRows: the task's folder or its files are not there.
+    UserDataError: the folder is not there, or a file is no split's.
   """
   data = data_set(name)
   root = pathlib.Path(rows_dir)
@@ -220,7 +227,7 @@ def local_files(
   folder = next((f for f in data.folders if (root / f).is_dir()), None)
   if folder is None:
     others = sorted(path.name for path in root.iterdir() if path.is_dir())
-    raise UserDataError(
+    raise NoLocalRows(
       f'{root} has no folder {data.folders[0]!r} for the task {name!r}.'
       f'{deltas.near_misses(data.folders[0], others)} Expected: '
       f'{expected(data, data.splits)}.'
@@ -229,9 +236,10 @@ def local_files(
   for path in sorted((root / folder).iterdir()):
     if path.suffix in _SUFFIXES:
       found.setdefault(path.stem, []).append(path)
-  stems = _stems(data)
+  own = data.files_in.get(folder, data.files)
+  stems = _stems(data) if own is None else own
   strange = [stem for stem in found if stem not in stems.values()]
-  if strange and data.files is None:
+  if strange and own is None:
     raise UserDataError(
       f'{found[strange[0]][0]} is no split of {name!r}.'
       f'{deltas.near_misses(strange[0], list(stems))} The files may be called '
@@ -244,7 +252,7 @@ def local_files(
       f'{" and ".join(map(str, twice[0]))} are the same split: keep one.'
     )
   if not files:
-    raise UserDataError(
+    raise NoLocalRows(
       f'{root / folder} has no files of {name!r}. Expected: '
       f'{expected(data, data.splits)}.'
     )
@@ -252,9 +260,7 @@ def local_files(
 
 
 def _stems(data: DataSet) -> dict[str, str]:
-  """Names of files by split, without their endings."""
-  if data.files is not None:
-    return dict(data.files)
+  """Names of files by split, without their endings: the splits'."""
   # A sample of a set may have been cut into other splits than TFDS's.
   return {split: split for split in dict.fromkeys((*data.splits, *SPLITS))}
 
@@ -275,7 +281,9 @@ def read_rows(
       where = f'{path}, line {line}'
       try:
         for one in data.expand(row, split) if data.expand else (row,):
-          rows.append(_checked(data, one, where, len(rows), split))
+          rows.append(
+            columns.checked(data.columns, one, where, len(rows), split)
+          )
       except (KeyError, TypeError, AttributeError) as error:
         # Of `expand`, which trusts the form that a folder's README states.
         raise UserDataError(
@@ -285,70 +293,6 @@ def read_rows(
     if not rows:
       raise UserDataError(f'{path}: no rows.')
   return out
-
-
-def _checked(
-  data: DataSet, row: Row, where: str, number: int, split: str
-) -> Row:
-  """The columns that are read, with TFDS's types."""
-  out = {}
-  for column, kind in data.columns.items():
-    if column in row:
-      out[column] = _value(row[column], kind, f'{where}: {column}')
-    elif kind is int and column == 'idx':
-      out[column] = number
-    elif split.startswith('test') and isinstance(kind, tuple):
-      out[column] = -1  # TFDS's rows without a label
-    elif split.startswith('test') and kind is float:
-      out[column] = -1.0
-    else:
-      raise UserDataError(
-        f'{where}: no column {column!r}.'
-        f'{deltas.near_misses(column, list(row))} The columns: '
-        f'{", ".join(row) or "none"}.'
-      )
-  return out
-
-
-def _value(value: Any, kind: Any, where: str) -> Any:
-  """A value of the kind; text of CSV files becomes numbers."""
-  if isinstance(kind, tuple):
-    return _label(value, kind, where)
-  if isinstance(kind, list) and isinstance(value, list):
-    return [_value(one, kind[0], where) for one in value]
-  if isinstance(kind, dict) and isinstance(value, dict):
-    missing = [key for key in kind if key not in value]
-    if missing:
-      raise UserDataError(f'{where} has no {missing[0]!r}: {str(value)[:60]}.')
-    return {k: _value(value[k], one, where) for k, one in kind.items()}
-  if kind is str and isinstance(value, str):
-    return value
-  if kind in (int, float) and not isinstance(value, list | dict | None):
-    try:
-      return kind(value)
-    except ValueError:
-      pass
-  expected = {str: 'text', int: 'a whole number', float: 'a number'}
-  wanted = 'a list' if isinstance(kind, list) else 'an object'
-  wanted = expected.get(kind, wanted) if isinstance(kind, type) else wanted
-  raise UserDataError(f'{where} holds {str(value)[:40]!r}, expected {wanted}.')
-
-
-def _label(value: Any, texts: tuple[str, ...], where: str) -> int:
-  """The number of a label; -1, of a row without one, stays."""
-  text = str(value)
-  if text in texts:
-    return texts.index(text)
-  try:
-    number = int(value)
-  except (TypeError, ValueError):
-    number = len(texts)
-  if not -1 <= number < len(texts):
-    raise UserDataError(
-      f'{where}: label {value!r}, expected 0 to {len(texts) - 1} or its text: '
-      f'{_numbered(texts)}.{deltas.near_misses(text, texts)}'
-    )
-  return number
 
 
 def use_rows(
@@ -369,14 +313,54 @@ def use_rows(
 def use_rows_dir(name: str, rows_dir: str | pathlib.Path) -> None:
   """Makes a task, or all tasks of a mixture, read files below a folder.
 
+  Of a mixture tasks that are evaluated only may lack them: they are left out.
+
   Raises:
     ValueError: there is no such task, or it has no rows to read.
     UserDataError: a folder, file or row is wrong.
   """
   from prompt_jax import datasets
 
-  for task in datasets.subtasks(datasets.find_task(name)):
-    files = local_files(task.name, rows_dir)
-    use_rows(task.name, read_rows(task.name, files))
+  found = datasets.subtasks(datasets.find_task(name))
+  parts = _mixtures.get(name, tuple(task.name for task in found))
+  needed = set(parts)
+  if name in _mixtures:
+    needed = {p for p in parts if 'train' in data_set(p).splits} or needed
+  without = use_rows_of(parts, rows_dir, needed)
   if name in _mixtures:  # it holds the tasks themselves, not their names
-    add_mixture(name, _mixtures[name])
+    add_mixture(name, [part for part in parts if part not in without])
+    _mixtures[name] = parts
+
+
+def use_rows_of(
+  names: Iterable[str], rows_dir: str | pathlib.Path, needed: Collection[str]
+) -> list[str]:
+  """Makes tasks read files below a folder.
+
+  Args:
+    names: of tasks.
+    rows_dir: the folder.
+    needed: those of them that must have rows.
+
+  Returns:
+    Those of the others that have none; they are left as they are.
+
+  Raises:
+    ValueError: a task has no rows to read.
+    UserDataError: a folder, file or row is wrong.
+  """
+  without = []
+  for name in names:
+    try:
+      files = local_files(name, rows_dir)
+    except NoLocalRows:
+      if name in needed:
+        raise
+      without.append(name)
+      continue
+    use_rows(name, read_rows(name, files))
+  if without:
+    logging.warning(
+      'Left out, for %s has no rows of them: %s.', rows_dir, ', '.join(without)
+    )
+  return without

@@ -132,7 +132,7 @@ def _register_wsc(form: str, vocabulary: seqio.Vocabulary) -> list[str]:
   text = sources.mapped(preprocessors.wsc, name=name)
   named = DataSet(
     'super_glue/wsc.fixed:1.0.2', _WSC, [text], postprocessors.wsc,
-    folders=_folders('wsc'),
+    folders=_folders('wsc'), expand=_spans,
   )  # fmt: skip
   train = dataclasses.replace(
     named, texts=[_right_referents, text], splits=('train',),
@@ -181,8 +181,26 @@ def _columns(name: str, spec: Spec) -> dict[str, Any]:
 
 
 def _candidates(row: sources.Row, split: str) -> Iterable[sources.Row]:
-  """A row a candidate, where a file has a row a paragraph."""
+  """A row a candidate, where a file has a row a paragraph.
+
+  Its candidates are in one list, or, as in SuperGLUE's own form, by question.
+  """
   del split
+  if 'questions' in row.get('passage', ()):
+    for question in row['passage']['questions']:
+      for answer in question['answers']:
+        yield {
+          'paragraph': row['passage']['text'],
+          'question': question['question'],
+          'answer': answer['text'],
+          LABEL: answer['label'],
+          'idx': {
+            'paragraph': row['idx'],
+            'question': question['idx'],
+            'answer': answer['idx'],
+          },
+        }
+    return
   if 'candidates' not in row:
     yield row
     return
@@ -190,6 +208,12 @@ def _candidates(row: sources.Row, split: str) -> Iterable[sources.Row]:
     numbers = {k: one[f'{k}_idx'] for k in ('question', 'answer')}
     idx = {'paragraph': row['paragraph_idx'], **numbers}
     yield {**one, 'paragraph': row['paragraph'], 'idx': idx}
+
+
+def _spans(row: sources.Row, split: str) -> Iterable[sources.Row]:
+  """The row with what SuperGLUE's own form of WSC has in `target`."""
+  del split
+  yield {**row, **row.get('target', {})}
 
 
 def _queries(row: sources.Row, split: str) -> Iterable[sources.Row]:

@@ -1,10 +1,12 @@
 """The command line on a model of one layer, in this process or in its own."""
 
+import logging
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import jax
@@ -68,11 +70,15 @@ def without_training(args: list[str], command: str) -> list[str]:
 
 
 def here(*args: str) -> int:
-  """Runs a command in this process; its status."""
+  """Runs a command in this process, which stays as it was; its status."""
+  handlers = logging.root.handlers[:]
+  hooks = threading.excepthook, sys.unraisablehook
   try:
     return cli.main(args)
   finally:
     gin_utils.clear()
+    logging.root.handlers[:] = handlers
+    threading.excepthook, sys.unraisablehook = hooks
 
 
 def environment(**changes: Any) -> dict[str, str]:

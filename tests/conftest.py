@@ -48,11 +48,14 @@ def pytest_configure(config: pytest.Config) -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Tests of a file share what they compile, so they run in one process."""
-  for item in items:
-    if item.get_closest_marker('xdist_group') is None:
-      item.add_marker(pytest.mark.xdist_group(item.path.name))
+def pytest_itemcollected(item: pytest.Item) -> None:
+  """Tests of a file share what they compile, so they run in one process.
+
+  Marked here, since pytest-xdist reads the groups before this file could change
+  a collection.
+  """
+  if item.get_closest_marker('xdist_group') is None:
+    item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -202,7 +202,7 @@ def macros(name: str) -> set[str]:
   """Those that a method's file binds, or one that it includes."""
   text = (FOLDER / f'{name}.gin').read_text()
   found = set(re.findall(r'^([A-Z_]+) *=', text, re.M))
-  for included in re.findall(r"^include 'methods/(\w+)\.gin'", text, re.M):
+  for included in re.findall(r"^include '(?:methods/)?(\w+)\.gin'", text, re.M):
     found |= macros(included)
   return found
 
@@ -255,6 +255,8 @@ def examples(seed: int, rows: int = ROWS):
 def convert(model, texts, lengths=LENGTHS, pack=False):
   """Examples as a run's feature converter batches them."""
   run = run_lib.Run(model, 'none', lengths)
+  if len(model.soft_ids) > 1 and len(texts[0]) == 2:
+    texts = [(*text, 0) for text in texts]
   keys = ('inputs', 'targets', 'task_ids')[: len(texts[0])]
   spec = {
     key: tf.TensorSpec([] if key == 'task_ids' else [None], tf.int32)

@@ -38,6 +38,12 @@ SIZES = ('small', 'base', 'large', 'xl', 'xxl')
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
 
 
+@pytest.mark.parametrize('name', ['lora', 'dora', 'rslora'])
+def test_sizes_of_an_included_file_are_made_small_too(name):
+  assert {'RANK', 'LORA_TARGETS'} <= contract.macros(name)
+  assert contract.setup(name).model.method.rank == 2
+
+
 # ---- what is trained -------------------------------------------------------
 
 

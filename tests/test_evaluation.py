@@ -152,6 +152,44 @@ class TestCommandsAgree:
     assert 'accuracy' not in got
 
 
+@pytest.mark.slow
+def test_contextual_calibration_by_hand(data, make, trained, found, tmp_path):
+  nothing = ('N/A', 'xyz 3', '--')
+  (tmp_path / 'train.jsonl').write_bytes((data / 'train.jsonl').read_bytes())
+  rows = [json.dumps({'text': text, 'label': 0}) for text in nothing]
+  (tmp_path / 'dev.jsonl').write_text('\n'.join(rows))
+  kwargs = {'trained': infer.Trained(str(trained('encoder_decoder')))}
+  other = runs.make(tmp_path, **FIELDS['encoder_decoder'])
+  empty = infer.score(
+    other, **kwargs, eval_config=CONFIG, output=str(tmp_path / 's.jsonl')
+  )
+  texts = tuple(f'review: {text}' for text in nothing)
+  config = dataclasses.replace(CONFIG, content_free=texts, decode=False)
+  run = make('encoder_decoder')
+  got = infer.evaluate(run, **kwargs, eval_config=config)['user_data']
+
+  def probabilities(found):
+    scores = [[x['label_scores'][c] for c in LABELS] for x in found]
+    p = np.exp(np.array(scores))
+    return p / p.sum(1, keepdims=True)
+
+  p_cf = probabilities(lines(empty)).mean(0)
+  metrics, _, scored = found('encoder_decoder')
+  said = np.argmax(probabilities(scored) / p_cf, 1)
+  hits = [LABELS[i] == x['targets'] for i, x in zip(said, scored, strict=True)]
+  assert got['rank_accuracy_calibrated'] == pytest.approx(100 * np.mean(hits))
+  assert got['rank_accuracy'] == metrics['rank_accuracy']
+  # The model prefers a label, so that there is something to divide away.
+  assert abs(p_cf[0] - 0.5) > 0.01
+  run.register_tasks()
+  evaluate = evaluation.Evaluation(run, config)
+  with run.partitioner.activate():
+    base = run.load()
+    loaded = kwargs['trained'].load(run, base)
+    prior = evaluate.content_free_prior(LABELS, loaded, base.frozen)
+  np.testing.assert_allclose(prior, p_cf, rtol=1e-4)
+
+
 @pytest.fixture
 def call(make, trained):
   """`infer` on the trained encoder-decoder: its lines."""
@@ -169,6 +207,7 @@ def call(make, trained):
   return infer_lines
 
 
+@pytest.mark.slow
 def test_beam_search(call, found, tmp_path):
   got = call(tmp_path, decode_fn=decoding.beam_search, num_decodes=3)
   assert len(got) == 5
@@ -183,6 +222,7 @@ def test_beam_search(call, found, tmp_path):
     assert best in line['predictions']
 
 
+@pytest.mark.slow
 def test_sampling(call, tmp_path):
   sample = functools.partial(decoding.temperature_sample, temperature=2.0)
   first, again = (call(tmp_path, decode_fn=sample) for _ in range(2))

@@ -28,6 +28,8 @@ def train(name, data, folder, vocabulary):
   bound = contract.macros(name)
   macros = {k: v for k, v in SIZES.items() if k in bound}
   macros |= {**RUN, 'VOCABULARY_PATH': vocabulary}
+  if 'NUM_TASKS' in bound:
+    macros['TASK_ID'] = 0
   plain = commands.train(data, model_dir=folder)
   # Of the model there, and of the method.
   left_out = ('--gin_file', '--gin.t5.T5Config', '--gin.PROMPT_LENGTH')

@@ -77,8 +77,11 @@ def test_task_ids_choose_the_row_and_pass_through():
   [row] = convert(fc.EncDecFeatureConverter(IDS[:1], V), ([7, 1], [1], 5))
   assert row['encoder_input_tokens'][:4] == [300, 301, 302, 7]
   assert row['task_ids'] == 5
-  # The converter is as before afterwards: tasks without ids still convert.
-  [row] = convert(converter, ([7, 1], [3, 1]))
+  # The converter is as before afterwards. Of several prompts none is chosen
+  # for examples that do not say whose they are.
+  with pytest.raises(ValueError, match='keeps 2 tasks apart.*NUMBER_TASKS'):
+    convert(converter, ([7, 1], [3, 1]))
+  [row] = convert(fc.EncDecFeatureConverter(IDS[:1], V), ([7, 1], [3, 1]))
   assert row['encoder_input_tokens'][:3] == [300, 301, 302]
   assert 'task_ids' not in row
 
@@ -146,7 +149,7 @@ def test_decoder_only_packed():
   'kind', [fc.EncDecFeatureConverter, fc.DecoderOnlyFeatureConverter]
 )
 def test_lengths_are_as_announced(kind, pack):
-  converter = kind(IDS, V, pack=pack)
+  converter = kind(IDS[:1], V, pack=pack)
   ds = converter(dataset(([7, 1], [3, 1])), LENGTHS)
   announced = converter.get_model_feature_lengths(LENGTHS)
   assert {k: (v,) for k, v in announced.items()} == {

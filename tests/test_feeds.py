@@ -140,7 +140,7 @@ def test_many_steps_are_as_many_single_ones(run, whole, tmp_path, monkeypatch):
 
   fake = types.SimpleNamespace(
     TrainIterator=Ordered,
-    length_report=lambda *_: '',
+    length_report=lambda *_, **__: '',
     find_task=runs.train.datasets.find_task,
     subtasks=runs.train.datasets.subtasks,
   )

@@ -3,16 +3,49 @@
 import json
 
 import commands
+import numpy as np
 import pytest
+import seqio
+import tensorflow_datasets as tfds
 
 from prompt_jax import datasets
 from prompt_jax import few_shot
 from prompt_jax import tasks
 from prompt_jax import vocabularies
+from prompt_jax.instructions import rows as rows_lib
 from prompt_jax.row_files import UserDataError
 
 ROWS = [{'text': f'text {i}', 'label': i % 3, 'idx': i} for i in range(30)]
 LENGTHS = {'inputs': 512, 'targets': 32}
+# How sha256 of the published splits begins: of train and dev, LM-BFF's of all
+# seeds in turn.
+FEWGLUE_SUMS = {
+  'super_glue_boolq': '956ab2c3fc6e204c83bd1225',
+  'super_glue_cb': 'f39a118ec828cc2e2e8a815f',
+  'super_glue_copa': '5cd5964d96f9dc0dafec3c6b',
+  'super_glue_multirc': 'f5a045673802de52b7bacaef',
+  'super_glue_record': '2bf520a7b0edd79507a64d4b',
+  'super_glue_rte': 'efef81471b9daed86c991461',
+  'super_glue_wic': '00ee6f2bbb3bf9f3a2641017',
+  'super_glue_wsc_true_false': 'ae946c78e13fd103c812ae15',
+}
+LM_BFF_SUMS = {
+  'glue_sst2': 'e4dc5010dee615411542a42d',
+  'glue_cola': 'a74ff62d44076a4eccb4a83a',
+  'glue_mnli': 'faf8b6514b372a8d0da6a435',
+  'glue_qnli': '62facda4a928513bb417794d',
+  'glue_qqp': '717eec832b990c630b34dc53',
+  'glue_rte': '4ed19d8d0f151dd71ebe7605',
+  'glue_mrpc': '29063f988b6b34605bbaca8f',
+  'glue_stsb': 'fccc3a90ee957dd10bc5a700',
+  'snli': '8a155221c2bc86ff459f67e1',
+  'sst5': '7509348b6cf10cf2b5d75870',
+  'mr': '43b0f7b2e8c6d29996083597',
+  'cr': '21ba94b15ed5d4805f59a3e1',
+  'mpqa': 'e2c61ac2956cef0363eda18f',
+  'subj': '7840e4105ac2e704acd0cb75',
+  'trec': '75fd22593099ef6412a5231f',
+}
 
 
 @pytest.fixture(scope='module')
@@ -68,7 +101,9 @@ def test_rows_that_are_there_twice_count_once():
     (ROWS, 6, 'label', r'Class 0 has 10 different rows, fewer than 12: K = 6 '
      r'for each of 2 splits. The largest K is 5'),
     ([], 6, 'label', 'the split is empty'),
-    (ROWS, 0, 'label', 'K must be 1 or more'),
+    (ROWS, 0, 'label', 'K must be a whole number above 0, got 0'),
+    (ROWS, 2.5, 'label', 'K must be a whole number above 0, got 2.5'),
+    (ROWS, 'a', 'label', "K must be a whole number above 0, got 'a'"),
     (ROWS, 1, 'lable', "no column 'lable'.*Did you mean"),
     ([{'text': 'a', 'label': -1}], 1, 'label', 'No row has a label'),
   ],
@@ -106,13 +141,64 @@ def test_task_has_the_splits_and_checks_its_sum(registered, tmp_path):
     few_shot.FewShot('mrr', rows_dir=str(tmp_path)).register('mr_few')
 
 
+@pytest.mark.parametrize(
+  ('task', 'path', 'columns', 'more'),
+  [
+    ('super_glue_wic', 'super_glue_wic/train',
+     ('sentence1', 'sentence2', 'word', 'label'), {'start1', 'end2'}),
+    ('trec', 'trec/train', ('text', 'label-coarse'), {'label-fine'}),
+    ('anli_r1', 'anli/train_r1', ('context', 'hypothesis', 'label'), {'uid'}),
+  ],
+)  # fmt: skip
+def test_a_seed_means_the_same_rows_from_tfds_and_from_files(
+  registered, tmp_path, task, path, columns, more
+):
+  with tfds.testing.mock_data(num_examples=60):
+    source = seqio.TaskRegistry.get(task)
+    whole = list(rows_lib._source(source, 'train'))
+    assert more <= set(whole[0])  # that the task does not read
+    found = few_shot.FewShot(task, k=1, seed=13).splits()
+  kept = [{key: row[key] for key in columns} for row in whole]
+  write(tmp_path, f'{path}.jsonl', kept)
+  local = few_shot.FewShot(task, 1, 13, str(tmp_path)).splits()
+  sums = [few_shot.checksum([*x['train'], *x['dev']]) for x in (found, local)]
+  assert sums[0] == sums[1]
+
+
+def test_a_number_of_tfds_is_that_of_files():
+  assert rows_lib._plain(np.float32(3.8)) == 3.8
+
+
+@pytest.mark.parametrize('task', ['glue_mnli', 'imdb'])
+def test_a_split_that_tfds_calls_otherwise_is_evaluated(
+  registered, tmp_path, task
+):
+  columns = tasks.sources.data_set(task).columns
+  classes = len(tasks.LABELS[task])
+  rows = [
+    {**{c: f'{c} {i}' for c in columns}, 'idx': i, 'label': i % classes}
+    for i in range(12)
+  ]
+  write(tmp_path, f'{task}/train.jsonl', rows)
+  write(tmp_path, f'{task}/validation.jsonl', rows[:5])
+  made = few_shot.FewShot(task, k=2, rows_dir=str(tmp_path)).register('few')
+  assert set(made.splits) == {'train', 'dev', 'validation'}
+
+
 @pytest.mark.parametrize('task', few_shot.FEWGLUE)
 def test_fewglue_has_32_and_32(registered, shared, task):
   folder = shared / 'data' / 'fewglue_32dev'
   one = few_shot.FewShot(task, source=str(folder))
   made = one.register('few')
   sizes = {s: made.num_input_examples(s) for s in made.splits}
-  assert sizes == {'train': 32, 'dev': 32}
+  # A question of MultiRC has several answers, each of them a row.
+  multirc = {'train': 154, 'dev': 167}
+  assert sizes == (multirc if 'multirc' in task else {'train': 32, 'dev': 32})
+  rows = [row for split in one.splits().values() for row in split]
+  assert few_shot.checksum(rows).startswith(FEWGLUE_SUMS[task])
+  if 'record' in task:  # any entity may be the answer
+    assert all(set(row['answers']) <= set(row['entities']) for row in rows)
+    return
   ds = made.get_dataset(LENGTHS, 'train', shuffle=False)
   rows = ds.as_numpy_iterator()
   targets = {x['targets_pretokenized'].decode() for x in rows}
@@ -124,7 +210,7 @@ def test_fewglue_has_32_and_32(registered, shared, task):
 @pytest.mark.parametrize('task', few_shot.LM_BFF)
 def test_lm_bff_has_16_a_class_for_five_seeds(registered, shared, task):
   folder = str(shared / 'data' / 'lmbff_kshot')
-  sums = set()
+  sums, everything = set(), []
   for seed in few_shot.SEEDS:
     found = few_shot.lm_bff(task, folder, seed)
     for rows in found.values():
@@ -136,7 +222,9 @@ def test_lm_bff_has_16_a_class_for_five_seeds(registered, shared, task):
         classes = range(len(tasks.LABELS[task]))
         assert [labels.count(c) for c in classes] == [16] * len(classes)
     sums.add(few_shot.checksum(found['train']))
+    everything += [*found['train'], *found['dev']]
   assert len(sums) == 5
+  assert few_shot.checksum(everything).startswith(LM_BFF_SUMS[task])
   with pytest.raises(UserDataError, match='no split of seed 14; its seeds are'):
     few_shot.lm_bff(task, folder, 14)
 

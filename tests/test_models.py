@@ -43,9 +43,13 @@ def test_loss_and_every_gradient_are_the_reference(shared, name):
 
 
 @pytest.mark.parametrize(
-  'name, key, length', [('tiny', 'tiny', 5), ('mini', 'mini_p20', 20),
-                        ('mini', 'mini_p150', 150)],
-)  # fmt: skip
+  'name, key, length',
+  [
+    ('tiny', 'tiny', 5),
+    pytest.param('mini', 'mini_p20', 20, marks=pytest.mark.slow),
+    pytest.param('mini', 'mini_p150', 150, marks=pytest.mark.slow),
+  ],
+)
 def test_prompt_is_the_reference(shared, name, key, length):
   """Soft tokens as ids give what the reference's concatenation gives."""
   golden = helpers.below(helpers.golden(shared, 'prompt_forward'), f'{key}/')

@@ -27,6 +27,32 @@ def test_answer(text, want):
   assert reasoning.answer(text) == want
 
 
+@pytest.mark.parametrize(
+  ('one', 'other'),
+  [
+    ('1/2', '1/3'),
+    ('10:30', '10:45'),
+    ('2024-05-01', '2024-06-01'),
+    ('1.2.3', '1.2.4'),
+    ('2 1/2', '2 1/3'),
+    ('3 / 4', '3 / 5'),
+    ('3-4', '3-5'),
+    ('5 am', '5 p.m.'),
+    ('2^5', '2^6'),
+  ],
+)
+def test_what_begins_with_a_number_and_is_another_is_wrong(one, other):
+  right, wrong = (reasoning.answer(t) for t in says(one, other))
+  assert None not in (right, wrong) and right != wrong
+
+
+@pytest.mark.parametrize(
+  'text', ['5', '5.', '5.0', '5 apples', '5kg', '5%', '5-year', '$5', '+5!']
+)
+def test_a_number_stands_for_itself_with_its_unit(text):
+  assert reasoning.normal(text) == '5'
+
+
 def test_texts_of_both_calls_and_of_demonstrations():
   assert reasoning.worked(' 2 and 3 are 5 ', '5.') == (
     '2 and 3 are 5. The answer is 5.'
@@ -51,11 +77,11 @@ def test_one_greedy_decode_is_plain_chain_of_thought():
     assert reasoning.vote([text]).answer == reasoning.answer(text)
 
 
-def test_ties_go_to_the_likelier_then_by_text():
-  texts = says('4', '5', '5', '4')
-  assert reasoning.vote(texts, [-1.0, -2.0, -3.0, -5.0]).answer == '5'
-  assert reasoning.vote(texts, [-1.0, -1.0, -1.0, -1.0]).answer == '4'
-  assert reasoning.vote(texts).answer == '4'
+def test_ties_go_to_the_likelier_then_to_the_first():
+  texts = says('5', '4', '4', '5')
+  assert reasoning.vote(texts, [-3.0, -1.0, -2.0, -5.0]).answer == '4'
+  assert reasoning.vote(texts, [-1.0, -1.0, -1.0, -1.0]).answer == '5'
+  assert reasoning.vote(texts).answer == '5'
 
 
 def test_probabilities_as_weights():
@@ -71,7 +97,7 @@ def test_probabilities_as_weights():
 
 @pytest.mark.parametrize('weights', reasoning.WEIGHTS)
 def test_no_order_matters(weights):
-  texts, logs = says('4', '5', '6', '5', '4'), [-0.1, -0.7, -0.2, -0.3, -0.9]
+  texts, logs = says('4', '5', '6', '5', '4'), [-0.1, -0.7, -0.2, -0.3, -0.8]
   want = reasoning.vote(texts, logs, weights)
   for order in itertools.permutations(range(5)):
     got = reasoning.vote(

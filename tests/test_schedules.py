@@ -121,6 +121,14 @@ def test_warmup_and_linear_decay():
   none = schedules.warmup_and_linear_decay(0.3, 10, warmup=0.0)
   np.testing.assert_allclose(none(0), 0.3, rtol=1e-6)
   np.testing.assert_allclose(none(5), 0.15, rtol=1e-6)
+  # A warm-up of so many steps, however long the run is.
+  steps = jnp.asarray([0, 2, 5, 6, 20])
+  some = schedules.warmup_and_linear_decay(0.3, 20, warmup_steps=5)
+  np.testing.assert_allclose(some(steps), [0, 0.12, 0.3, 0.28, 0], rtol=1e-6)
+  # One that the run is too short for: it rises to the end.
+  short = schedules.warmup_and_linear_decay(0.3, 3, warmup_steps=30)
+  steps = jnp.asarray([0, 1, 2, 3])
+  np.testing.assert_allclose(short(steps), [0, 0.01, 0.02, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +138,7 @@ def test_warmup_and_linear_decay():
     {'total_steps': 0},
     {'warmup': 1.0},
     {'warmup': -0.1},
+    {'warmup_steps': -1},
   ],
 )
 def test_warmup_and_linear_decay_refuses(bad):

@@ -173,6 +173,7 @@ def test_candidates_are_the_top_of_the_first_order(objective):
   assert given[1:, slot].tolist() == np.argsort(-scores)[:3].tolist()
 
 
+@pytest.mark.slow
 def test_the_loss_never_rises_and_runs_repeat(objective):
   train, dev = examples(12, 5), examples(8, 6)
   whole = search(objective, train, dev, batch_size=12)
@@ -347,6 +348,7 @@ def test_a_trigger_is_written_resumed_and_read(here, data, tmp_path):
   assert words in said
 
 
+@pytest.mark.slow
 def test_slots_in_front_and_words_of_a_file(here, data, tmp_path):
   words = tmp_path / 'words.txt'
   words.write_text('0: no, hardly\n1: yes\n')
@@ -362,6 +364,7 @@ def test_slots_in_front_and_words_of_a_file(here, data, tmp_path):
   assert text.endswith(' {text|cut} <mask>') and len(text.split()) == 3
 
 
+@pytest.mark.slow
 def test_label_words(here, data, tmp_path):
   output = tmp_path / 'words.txt'
   flags = {'SEARCH': 'words', 'inputs': '{text|cut} <mask>'}

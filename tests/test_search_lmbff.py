@@ -330,6 +330,7 @@ def trains(here, arguments, tmp_path):
   return said
 
 
+@pytest.mark.slow
 def test_templates(here, data, tmp_path):
   output = tmp_path / 'found.txt'
   status, said, err = here(*args(data, output))
@@ -347,6 +348,7 @@ def test_templates(here, data, tmp_path):
   trains(here, args(data, None, **reference), tmp_path)
 
 
+@pytest.mark.slow
 def test_words(here, data, tmp_path):
   output = tmp_path / 'found.txt'
   status, _, err = here(*args(data, output, SEARCH='words'))
@@ -360,6 +362,7 @@ def test_words(here, data, tmp_path):
     assert len(set(field.choices)) == 2
 
 
+@pytest.mark.slow
 def test_demonstrations(here, data, tmp_path):
   output = tmp_path / 'found.txt'
   flags = {'SEARCH': 'demonstrations', 'DEMONSTRATION_SAMPLES': 2}

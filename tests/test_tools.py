@@ -323,3 +323,60 @@ def test_recover_prints_and_draws(here, scores, tmp_path):
 def test_recover_refuses(here, scores, flag, message):
   said = refused(here, *RECOVER, flag, '--output=e.png')
   assert re.search(message, said), said
+
+
+# ---- compare_seeds, vote -----------------------------------------------------
+
+
+def evaluated(folder, name, **tasks):
+  path = folder / f'{name}.json'
+  found = {task: {'rank_accuracy': x, 'em': 1.0} for task, x in tasks.items()}
+  path.write_text(json.dumps(found))
+  return path
+
+
+def test_compare_seeds(here, tmp_path):
+  args = []
+  for seed, a, b in ((13, 71, 66), (21, 69, 68), (42, 70, 66)):
+    for flag, x in (('result', a), ('reference', b)):
+      path = evaluated(tmp_path, f'{flag}{seed}', rte=x, cb=50)
+      args.append(f'--{flag}={seed}={path}')
+  status, out, _ = here('compare_seeds', *args)
+  assert status == 0
+  # The differences 5, 1 and 4: of 2^3 signs two are as far from 0.
+  assert out.splitlines() == [
+    'rte, rank_accuracy: A 70.00 +- 1.00 (n = 3), B 66.67 +- 1.15 (n = 3): '
+    'A - B = +3.33, p = 0.25 (permutation, paired, two-sided; it cannot be '
+    'below 0.25)',
+    'cb, rank_accuracy: A 50.00 +- 0.00 (n = 3), B 50.00 +- 0.00 (n = 3): '
+    'A - B = +0.00, p = 1 (permutation, paired, two-sided; it cannot be '
+    'below 0.25)',
+  ]
+  status, out, _ = here('compare_seeds', *args, '--gin.COMPARED_METRIC=em')
+  assert status == 0 and 'rte, em: A 1.00' in out
+  assert 'the same seeds' in refused(here, 'compare_seeds', *args[:-1])
+  assert 'twice' in refused(here, 'compare_seeds', *args, args[0])
+  odd = args[1].replace('=13=', '=')
+  assert 'Expected SEED=PATH' in refused(here, 'compare_seeds', args[0], odd)
+  other = f'--reference=13={evaluated(tmp_path, "other", boolq=1)}'
+  message = refused(here, 'compare_seeds', args[0], other)
+  assert "the references ['boolq']" in message
+
+
+def test_vote(here, tmp_path):
+  path = tmp_path / 'decodes.jsonl'
+  texts = [f'So. The answer is {x}.' for x in (4, 5, 5)]
+  row = {'targets': '5', 'predictions': texts, 'scores': [-1, -3, -3]}
+  path.write_text(json.dumps(row))
+  status, out, _ = here('vote', f'--decodes={path}')
+  assert status == 0
+  assert out.split() == [
+    'vote_accuracy', '100.00', 'first_accuracy', '0.00', 'no_answer', '0.00',
+    'inputs', '1',
+  ]  # fmt: skip
+  weighted = '--gin.VOTE_WEIGHTS=probability'
+  assert (
+    'vote_accuracy   0.00' in here('vote', f'--decodes={path}', weighted)[1]
+  )
+  path.write_text('{}')
+  assert "no 'predictions'" in refused(here, 'vote', f'--decodes={path}')

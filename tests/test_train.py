@@ -64,7 +64,7 @@ def quick(monkeypatch):
   """For tests in which the data are not the point."""
   fake = types.SimpleNamespace(
     TrainIterator=Remembered,
-    length_report=lambda *_: '',
+    length_report=lambda *_, **__: '',
     find_task=train.datasets.find_task,
     subtasks=train.datasets.subtasks,
   )

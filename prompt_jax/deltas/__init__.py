@@ -1,5 +1,6 @@
 """Deltas: what a method lays on the frozen network (see `hooks.py`)."""
 
+from prompt_jax.deltas.algebra import OwnScale
 from prompt_jax.deltas.algebra import check
 from prompt_jax.deltas.algebra import collection
 from prompt_jax.deltas.algebra import combine
@@ -23,6 +24,7 @@ __all__ = [
   'KINDS',
   'Adapter',
   'Deltas',
+  'OwnScale',
   'Routed',
   'adapt_embedding',
   'adapt_keys_values',

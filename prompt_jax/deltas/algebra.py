@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 from typing import Any
 
+from flax import struct
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,15 @@ from prompt_jax.deltas.hooks import KINDS
 from prompt_jax.deltas.hooks import RANKS
 from prompt_jax.deltas.hooks import Deltas
 from prompt_jax.deltas.hooks import Routed
+
+
+@struct.dataclass
+class OwnScale(Routed):
+  """A `scale` made for the kernel with its method's own change and no other.
+
+  DoRA's: over the column lengths of W + A B. Where another method changes the
+  kernel too, those lengths are wrong, so that `combine` refuses it.
+  """
 
 
 def _concatenate(axis: int) -> Callable[[Array, Array], Array]:
@@ -84,8 +94,11 @@ def combine(x: Deltas, y: Deltas) -> Deltas:
   Raises:
     ValueError: both set a kind that does not combine (`bottleneck`: two
       non-linear maps of one output have no order), low ranks of unequal
-      dropout, or for unequal groups.
+      dropout, for unequal groups, or a kernel of which the other scales the
+      columns by their lengths (`OwnScale`).
   """
+  for own, other in ((x, y), (y, x)):
+    _check_own_scales(own, other)
   out = {**x, **y}
   for path in x.keys() & y.keys():
     join = _JOIN.get(path.rsplit('/', 1)[-1])
@@ -96,8 +109,25 @@ def combine(x: Deltas, y: Deltas) -> Deltas:
         'of them off the chain, or give them different targets.'
       )
     table_x, table_y, group = _share_groups(path, x[path], y[path])
-    out[path] = Routed(join(table_x, table_y), group, rate)
+    kinds = {type(x[path]), type(y[path])}
+    made = OwnScale if OwnScale in kinds else Routed
+    out[path] = made(join(table_x, table_y), group, rate)
   return out
+
+
+def _check_own_scales(own: Deltas, other: Deltas) -> None:
+  for path, delta in own.items():
+    if not isinstance(delta, OwnScale):
+      continue
+    site = path.rpartition('/')[0]
+    for kind in ('low_rank', 'kernel'):
+      if f'{site}/{kind}' in other:
+        raise ValueError(
+          f'{site}: a method (DoRA) scales the columns of its kernel by their '
+          f'lengths, and another changes the same kernel ({kind}), which those '
+          'lengths would not count. Take one of them off the chain, or give '
+          'them different targets.'
+        )
 
 
 def collection(deltas: Deltas) -> dict[str, Any]:

@@ -79,14 +79,18 @@ SETS: Mapping[str, RowSet] = {
 EVAL_SPLITS = ('validation', 'validation_matched', 'test')
 
 
-def cluster(data_set: str) -> str | None:
-  """The cluster of `mixtures.CLUSTERS` that a data set is in, if any."""
+def clusters(data_set: str) -> frozenset[str]:
+  """The clusters of `mixtures.CLUSTERS` that a data set is in, if any."""
+  same = same_texts(data_set)
+  return frozenset(
+    name for name, found in mixtures.CLUSTERS.items() if same & set(found)
+  )
+
+
+def same_texts(data_set: str) -> frozenset[str]:
+  """The benchmark tasks with the texts of a data set; or its own name."""
   found = SETS.get(data_set)
-  task = found.task if found else data_set
-  for name, members in mixtures.CLUSTERS.items():
-    if task in members:
-      return name
-  return None
+  return frozenset(mixtures.same_texts(found.task if found else data_set))
 
 
 def read(
@@ -109,6 +113,10 @@ def read(
   """
   from prompt_jax import tasks
 
+  if limit is not None and (not isinstance(limit, int) or limit < 1):
+    raise UserDataError(
+      f'The most rows of a set must be a whole number above 0, got {limit!r}.'
+    )
   known = SETS.get(data_set, RowSet(data_set))
   benchmark = known.task in tasks.sources.names()
   if rows_dir is not None:
@@ -130,14 +138,23 @@ def read(
 
 
 def read_task(task: str, split: str, rows_dir: str | None = None) -> list[Row]:
-  """All rows of a split of a benchmark task, with TFDS's columns.
+  """All rows of a split of a benchmark task: the columns that it reads.
+
+  They are the same from TFDS and from files.
 
   Raises:
     UserDataError: there is no such file or split.
   """
+  from prompt_jax import tasks
+
   if rows_dir is not None:
     return list(_local(task, task, split, rows_dir, benchmark=True))
-  return list(_source(seqio.TaskRegistry.get(task), split))
+  kinds = tasks.sources.data_set(task).columns
+  rows = _source(seqio.TaskRegistry.get(task), split)
+  return [
+    tasks.columns.checked(kinds, row, f'{task} ({split}), row {i}', i, split)
+    for i, row in enumerate(rows)
+  ]
 
 
 def _pick(split: str, there: Mapping[str, Any], data_set: str) -> str:
@@ -190,5 +207,7 @@ def _plain(value: Any) -> Any:
   if hasattr(value, 'to_list'):  # ragged
     return _plain(value.to_list())
   if isinstance(value, np.ndarray | np.generic):
+    if value.dtype == np.float32 and not value.ndim:
+      return float(str(value))  # 3.8, as files have it, not 3.799999952316284
     return _plain(value.tolist())
   return [_plain(x) for x in value] if isinstance(value, list) else value

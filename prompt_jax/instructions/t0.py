@@ -34,7 +34,7 @@ def prompt_rate(num_examples: int, num_templates: int, cap: int = CAP) -> float:
 
   Args:
     num_examples: n, rows of the data set.
-    num_templates: of the data set.
+    num_templates: of the data set, used or not.
     cap: K.
 
   Raises:
@@ -63,8 +63,9 @@ class T0:
     data_sets: promptsource's names, held-out ones included.
     holdout: those of them that are not trained on; or their clusters
       (`mixtures.CLUSTERS`).
-    whole_clusters: with a held-out set all of its cluster is held out; those
+    whole_clusters: with a held-out set all of its clusters is held out; those
       that are not named in `holdout` are then neither trained on nor evaluated.
+      Sets of the same texts (`mixtures.SAME_TEXTS`) never are trained on.
     cap: K of the rates.
     original_task_only: train on templates that ask for what the data set was
       made for; held-out sets have only these.
@@ -124,7 +125,8 @@ class T0:
       t for t in templates if t.original_task or not self.original_task_only
     ]
     usable = _usable(data_set, asked, rows[0])[: self.prompts]
-    rate = prompt_rate(len(rows), len(usable), self.cap)
+    # All that the set has, used or not, as in the authors' code.
+    rate = prompt_rate(len(rows), len(templates), self.cap)
     out: dict[str, float] = {}
     for template in usable:
       examples = promptsource.examples(template, rows)
@@ -186,7 +188,8 @@ def divide(
   Args:
     data_sets: all of them.
     holdout: names among them, or clusters.
-    whole_clusters: whether others of a held-out set's cluster are left out.
+    whole_clusters: whether others of a held-out set's clusters are left out;
+      those of the same texts always are.
 
   Raises:
     UserDataError: a name twice, unknown or a text; or nothing to train on or to
@@ -198,10 +201,10 @@ def divide(
     twice = [x for i, x in enumerate(names) if x in names[:i]]
     if twice:
       raise UserDataError(f'{twice[0]!r} is twice in {key}.')
-  clusters = {x: rows_lib.cluster(x) for x in data_sets}
+  clusters = {x: rows_lib.clusters(x) for x in data_sets}
   held_out = []
   for name in holdout:
-    found = [x for x in data_sets if name in (x, clusters[x])]
+    found = [x for x in data_sets if name == x or name in clusters[x]]
     if not found:
       known = [*data_sets, *mixtures.CLUSTERS]
       raise UserDataError(
@@ -210,14 +213,17 @@ def divide(
         f'{deltas.near_misses(name, known)}'
       )
     held_out += [x for x in found if x not in held_out]
-  gone = {clusters[x] for x in held_out} - {None} if whole_clusters else set()
-  trained = [
-    x for x in data_sets if x not in held_out and clusters[x] not in gone
-  ]
+  # What is in two clusters goes with either.
+  kin = clusters if whole_clusters else {}
+  gone = {
+    x: kin.get(x, frozenset()) | rows_lib.same_texts(x) for x in data_sets
+  }
+  tested = frozenset().union(*(gone[x] for x in held_out))
+  trained = [x for x in data_sets if not gone[x] & tested]
   left_out = [x for x in data_sets if x not in (*trained, *held_out)]
   if left_out:
     logging.info(
-      'Of the clusters of held-out data sets, and so not trained on: %s.',
+      'Akin to held-out data sets, and so not trained on: %s.',
       ', '.join(left_out),
     )
   if not trained or not held_out:

@@ -84,6 +84,11 @@ class Attempt(nn.Module):
     """(groups, rows of one group): rows are each example's, so there is one."""
     return 1, self.length
 
+  @property
+  def source_files(self) -> tuple[str, ...]:
+    """Those of which the run checks base and vocabulary."""
+    return tuple(s for s in self.sources if isinstance(s, str))
+
   @nn.compact
   def __call__(self, context: base.Context) -> deltas.Deltas:
     """Lays each example's prompt on the token embedding."""

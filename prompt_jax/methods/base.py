@@ -12,7 +12,9 @@ or patches the network.  Beside that it may
 -   add to the loss: `self.sow('losses', name, value)`; or, where that needs the
     network's outputs, by an attribute `auxiliary_loss` (see `mpt.py`), a mean
     over target tokens;
--   draw, in training only: `self.has_rng('dropout')` says whether.
+-   draw, in training only: `self.has_rng('dropout')` says whether;
+-   read files of other runs: a property `source_files`, of the method or of an
+    initial value in it, lists them, and the run compares them with its base.
 
 A method that is a network of its own beside the frozen one is a `SideNetwork`.
 """

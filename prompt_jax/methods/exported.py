@@ -43,6 +43,11 @@ class Exported(nn.Module):
     found = _read(self.directory)[1]['soft_tokens']
     return tuple(found) if found else None
 
+  @property
+  def source_files(self) -> tuple[str, ...]:
+    """Those of which the run checks base and vocabulary."""
+    return (self.directory,)
+
   @nn.compact
   def __call__(self, context: base.Context) -> deltas.Deltas:
     """Lays the file's deltas on the network."""

@@ -8,7 +8,6 @@ the frozen token embedding [V, D].  Source: Lester et al. 2021, arXiv
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import pathlib
 from typing import Any
 
 from absl import logging
@@ -16,6 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
+
+from prompt_jax import checkpoints
+from prompt_jax import deltas
+from prompt_jax.methods import saved_prompts
 
 PromptInitializer = Callable[[Any, Sequence[int], Any], Any]
 
@@ -143,33 +146,44 @@ class FromString:
 
 @dataclasses.dataclass(frozen=True)
 class FromFile:
-  """A saved prompt: `.npy`, or one array of a `trainable.safetensors`.
+  """A saved prompt.
 
   Attributes:
-    path: the file.
-    name: of the array in a safetensors file.
+    path: what `saved_prompts.read` takes: a `.npy`; the `trainable.safetensors`
+      of a soft prompt, or of what `prompt-jax export` wrote of any method that
+      makes prompts; or the directory of either.
+    name: of one array in a safetensors file that holds more; None: it holds a
+      prompt and nothing else.
+    other_base: the prompt may have been trained on another base of the same
+      width. A `.npy` does not say of which it is.
   """
 
   path: str
-  name: str = 'method/prompt'
+  name: str | None = None
+  other_base: bool = False
+
+  @property
+  def source_files(self) -> tuple[str, ...]:
+    """Those of which the run checks base and vocabulary."""
+    return () if self.other_base else (self.path,)
 
   def __call__(self, rng, shape, embedding) -> Any:
-    """Reads the array, which must have exactly the prompt's shape.
+    """Reads the prompt, which must have exactly the shape, in float32.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: another shape, or no array of that name.
+      CheckpointError: no such file, or not a whole one.
+      ValueError: another shape, several prompts, or as `saved_prompts.read`.
     """
-    path = pathlib.Path(self.path)
-    if not path.is_file():
-      raise FileNotFoundError(f'No prompt file {self.path!r}.')
-    if path.suffix == '.safetensors':
-      prompt = self._from_safetensors(path)
+    if self.name is None:
+      prompts = saved_prompts.read(self.path).prompts
     else:
-      try:
-        prompt = np.load(path, allow_pickle=False)
-      except (ValueError, EOFError, OSError) as e:
-        raise ValueError(f'{self.path}: not a numpy array file: {e}') from e
+      prompts = self._named(self.name)
+    if len(prompts) > 1:
+      raise ValueError(
+        f'{self.path} holds the prompts of {len(prompts)} tasks, but one is to '
+        'start here: give the file of one.'
+      )
+    [prompt] = prompts
     if prompt.shape != tuple(shape):
       raise ValueError(
         f'{self.path}: the prompt has shape {prompt.shape}, expected '
@@ -177,12 +191,12 @@ class FromFile:
       )
     return prompt
 
-  def _from_safetensors(self, path: pathlib.Path) -> np.ndarray:
-    from safetensors import numpy as safetensors_numpy
-
-    arrays = safetensors_numpy.load_file(path)
-    if self.name not in arrays:
+  def _named(self, name: str) -> Float[np.ndarray, 'G P D']:
+    arrays, _ = checkpoints.load_trainable(self.path)
+    if name not in arrays:
       raise ValueError(
-        f'{self.path}: no array {self.name!r}; there are {sorted(arrays)}.'
+        f'{self.path}: no array {name!r}; there are {sorted(arrays)}.'
+        f'{deltas.near_misses(name, arrays)}'
       )
-    return arrays[self.name]
+    x = np.asarray(arrays[name], np.float32)
+    return x if x.ndim == 3 else x[None]

@@ -144,6 +144,11 @@ class Subspace(nn.Module):
     ]
     return sum(sizes), self.length
 
+  @property
+  def source_files(self) -> tuple[str, ...]:
+    """Those of which the run checks base and vocabulary."""
+    return tuple(s for s in self.sources if isinstance(s, str))
+
   @nn.compact
   def __call__(self, context: base.Context) -> deltas.Deltas:
     """Lays the decoded prompts of all tasks on the token embedding."""
@@ -254,6 +259,11 @@ class SubspacePrompt(nn.Module):
   def soft_tokens(self) -> tuple[int, int]:
     """(groups, rows of one group), for the data side."""
     return self.num_tasks, self.length
+
+  @property
+  def source_files(self) -> tuple[str, ...]:
+    """Those of which the run checks base and vocabulary."""
+    return tuple(x for x in (self.subspace, self.start, *self.sources) if x)
 
   @nn.compact
   def __call__(self, context: base.Context) -> deltas.Deltas:

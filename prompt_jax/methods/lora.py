@@ -123,7 +123,8 @@ class LoRA(nn.Module):
         kernel = context.parameter(f'{site.path}/kernel')
         lengths = jax.lax.stop_gradient(column_lengths(kernel, a, b))
         scale = found[f'{site.path}/magnitude'] / lengths
-        out[f'{site.path}/scale'] = context.route(scale, layers)
+        routed = context.route(scale, layers)
+        out[f'{site.path}/scale'] = deltas.OwnScale(routed.table, routed.group)
     return out
 
   def _specs(

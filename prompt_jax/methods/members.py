@@ -136,8 +136,7 @@ def expand(
   Rows n, N + n, 2 N + n, ... are those of member n.
 
   Args:
-    batch: of model features, as the converter of N tasks gives it for examples
-      without `task_ids`.
+    batch: of model features, with the soft tokens of one of the members.
     soft_ids: ids of the soft tokens of each member.
   """
   count = len(soft_ids)

@@ -95,6 +95,11 @@ class MPT(nn.Module):
     return self.num_tasks, self.length
 
   @property
+  def source_files(self) -> tuple[str, ...]:
+    """Those of which the run checks base and vocabulary."""
+    return (*self.teachers, *([self.source] if self.source else []))
+
+  @property
   def auxiliary_loss(self) -> Callable[..., Any] | None:
     """What the model's loss has on top, `distillation_loss`, with teachers."""
     return functools.partial(distillation_loss, self) if self.teachers else None

@@ -170,6 +170,11 @@ class FromFile:
         f'(UNITS_PATH), got {self.path!r}.'
       )
 
+  @property
+  def source_files(self) -> tuple[str, ...]:
+    """Those of which the run checks base and vocabulary."""
+    return (self.path,)
+
   def __call__(self, params: Flat, config: T5Config, factor: int) -> Units:
     """The units that are kept; `factor` is r."""
     arrays, header = checkpoints.load_trainable(self.path)

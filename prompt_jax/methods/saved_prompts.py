@@ -1,6 +1,7 @@
-"""Prompts in files, for what takes those of several runs or tasks.
+"""Prompts in files: those of runs, of exports, and `.npy`.
 
-Not for the initial value of one prompt (`initializers.FromFile`).
+Not for arrays that are no prompts, or stand beside others: a method reads its
+own. `sources.py` compares what files say of their base with the run's.
 """
 
 from collections.abc import Mapping, Sequence

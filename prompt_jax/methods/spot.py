@@ -222,6 +222,15 @@ class FromBank:
         f'{self.top_k!r}.'
       )
 
+  @property
+  def source_files(self) -> tuple[str, ...]:
+    """Those of which the run checks base and vocabulary."""
+    return (
+      ()
+      if self.bank is None
+      else (str(self.target), *map(str, _files(self.bank)))
+    )
+
   def __call__(self, rng, shape, embedding) -> Float[Array, 'P D']:
     """Reads the bank; every prompt taken must have the prompt's shape.
 

@@ -105,6 +105,10 @@ def lmbff(
 def placements(columns: Sequence[str], choice: str) -> list[tuple[str, str]]:
   """Inputs for T5, and templates with {part1} and {part2} yet to be filled.
 
+  Of two columns both stand as they are: LM-BFF's code takes the last mark off
+  the first and writes the second's first letter small, which a template in one
+  line cannot say of a column.
+
   Raises:
     UserDataError: there is no column, or more than two.
   """

@@ -19,7 +19,10 @@ def data(tmp_path_factory):
   return folder
 
 
-@pytest.fixture(scope='module', params=['scan', 'loop'])
+@pytest.fixture(
+  scope='module',
+  params=['scan', pytest.param('loop', marks=pytest.mark.slow)],
+)
 def trained(request, data, tmp_path_factory):
   """A directory of a run of two steps that trained everything."""
   folder = tmp_path_factory.mktemp(request.param)

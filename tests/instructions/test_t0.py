@@ -110,6 +110,12 @@ def test_every_prompt_is_a_task_and_no_held_out_one_is_trained_on(data):
   ds = trained[0].get_dataset(LENGTHS, 'train', shuffle=False)
   texts = [x['inputs_pretokenized'] for x in ds.as_numpy_iterator()]
   assert texts[0] == b'a 0 b 0 Same?' and len(texts) == 6
+  # All of the set's templates share the cap, also those that are not used.
+  mixture = config(data, cap=4, prompts=1).register(
+    't0', vocabularies.bytes_vocabulary()
+  )
+  trained = [t for t in mixture.tasks if 'train' in t.splits]
+  assert [mixture.get_rate(t) for t in trained] == [2]
 
 
 def test_ranked_task_has_an_example_a_choice_of_the_row(data):
@@ -151,6 +157,27 @@ def test_rows_without_a_right_choice_are_left_out():
     prompted.add_ranked('some_task', about, ranked[:1], vocabulary)
 
 
+def test_a_set_of_two_clusters_goes_with_either():
+  names = ('super_glue/boolq', 'super_glue/record', 'super_glue/copa', 'imdb')
+  held_out = ['super_glue/boolq', 'super_glue/record']
+  assert t0.divide(names, ('reading',)) == (['imdb'], held_out)
+  assert t0.divide(names, ('super_glue/boolq',)) == (
+    ['super_glue/copa', 'imdb'], ['super_glue/boolq']
+  )  # fmt: skip
+  assert rows_lib.clusters('super_glue/record') == {'commonsense', 'reading'}
+  assert rows_lib.clusters('nowhere') == set()
+
+
+def test_sets_of_the_same_texts_are_never_trained_on():
+  names = ('glue/rte', 'super_glue/rte', 'glue/mnli', 'rotten_tomatoes')
+  assert t0.divide(names, ('super_glue/rte',), False) == (
+    ['glue/mnli', 'rotten_tomatoes'], ['super_glue/rte']
+  )  # fmt: skip
+  assert t0.divide((*names, 'glue/sst2'), ('glue/sst2',), False)[0] == [
+    'glue/rte', 'super_glue/rte', 'glue/mnli'
+  ]  # fmt: skip
+
+
 def test_the_cluster_of_a_held_out_set_is_not_trained_on():
   names = ('glue/rte', 'glue/mnli', 'imdb')
   assert t0.divide(names, ('glue/rte',)) == (['imdb'], ['glue/rte'])
@@ -174,7 +201,8 @@ def test_the_cluster_of_a_held_out_set_is_not_trained_on():
      "no templates of 'glue/qnli'"),
     ({'templates': None}, 'TEMPLATES_PATH'),
     ({'holdout': ('glue/mrpc',), 'original_task_only': True,
-      'prompts': 1, 'max_rows': 0}, 'no rows'),
+      'prompts': 1, 'max_rows': 0}, 'most rows .* above 0, got 0'),
+    ({'eval_rows': -1}, 'most rows .* above 0, got -1'),
   ],
 )  # fmt: skip
 def test_refuses(data, fields, message):

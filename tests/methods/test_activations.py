@@ -32,6 +32,12 @@ BYTES = vocabularies.bytes_vocabulary(0)
 TEXT = 'it was'  # an id a byte: six pieces
 
 
+def test_the_fit_is_the_released_codes():
+  """Adam at 1e-4, 500 steps."""
+  init = activations.RealActivations(TEXT, BYTES)
+  assert (init.fit_steps, init.fit_learning_rate) == (500, 1e-4)
+
+
 @pytest.mark.slow
 def test_keys_and_values_are_projections_of_the_normed_input():
   """In the encoder: of the embeddings, then of the first layer's output."""

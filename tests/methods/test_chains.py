@@ -1,8 +1,10 @@
-"""MAM, and a soft prompt with LoRA: parts at their own rates; He et al.'s view.
+"""Pairs of methods in one network; MAM, and a soft prompt with LoRA.
 
 What holds for any chain (its deltas, the order of soft tokens) is tested with
 the soft prompt and in the contract.
 """
+
+import dataclasses
 
 import contract
 import jax
@@ -14,8 +16,10 @@ from some_deltas import B
 from some_deltas import C
 from some_deltas import draw
 
+from prompt_jax import deltas
 from prompt_jax import models
 from prompt_jax import train_state
+from prompt_jax.methods import base
 from prompt_jax.methods.prefix_tuning import PrefixTuning
 from prompt_jax.network import attention
 
@@ -83,6 +87,39 @@ def test_a_part_that_nobody_trains_is_refused(name):
   params = train_state.unflatten({f'{path}/x': jnp.ones(2)})
   with pytest.raises(ValueError, match='which has a part of its own'):
     optimizer.init(params)
+
+
+# ---- pairs in one network ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('folded', 'other'),
+  [
+    pytest.param('lora', 'prefix_tuning_plain', marks=pytest.mark.slow),
+    ('ia3', 'houlsby'),
+  ],
+)
+def test_a_chain_is_both_of_a_pair(folded, other):
+  """One is folded into the weights by hand, the other laid on those."""
+  parts = {name: contract.setup(name) for name in (folded, other)}
+  s = parts[other]
+  methods = {name: part.model.method for name, part in parts.items()}
+  model = dataclasses.replace(s.model, method=base.Chain(methods))
+  own = {f'methods_{n}': part.moved['method'] for n, part in parts.items()}
+  both = {'method': own, 'network': {}}
+  batch = s.batches[0]
+  got = contract.jit(model.logits)(s.frozen, both, batch)
+  one = parts[folded]
+  laid = one.model.method_deltas(one.frozen, one.moved, batch)
+  weights = deltas.merge_into_weights(laid, s.network)
+  want = s.logits(weights, s.moved, batch)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  # Neither does nothing.
+  for less in (
+    s.logits(s.frozen, s.moved, batch),
+    one.logits(one.frozen, one.moved, batch),
+  ):
+    assert np.abs(got - less).max() > 1e-3
 
 
 # ---- a prefix is a gated parallel adapter ----------------------------------

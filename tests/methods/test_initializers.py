@@ -4,18 +4,25 @@
 (Apache License 2.0) with the embedding table of its tiny checkpoint.
 """
 
+import dataclasses
 import json
 import re
 
 from absl import logging
+import contract
 import helpers
 import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
+from prompt_jax import checkpoints
+from prompt_jax import export
+from prompt_jax import partitioning
 from prompt_jax import vocabularies
+from prompt_jax.methods import exported
 from prompt_jax.methods import initializers
+from prompt_jax.methods.soft_prompt import SoftPrompt
 
 LABELS = ('positive', 'negative', 'True', 'False', 'entailment',
           'not_entailment')  # fmt: skip
@@ -185,7 +192,7 @@ def test_prompts_of_the_reference_load(shared):
     assert prompt.dtype == np.float32
     assert prompt.std() == pytest.approx(deviation, abs=0.05)
   prompt = load(folder / 'prompt_5x256.npy', (5, 256))
-  assert prompt.dtype == np.float64
+  assert prompt.dtype == np.float32
   assert 0 <= prompt.min() < prompt.max() < 1
 
 
@@ -193,17 +200,20 @@ def test_own_export_loads(tmp_path):
   path = tmp_path / 'trainable.safetensors'
   arrays = {'method/prompt': TABLE[:5], 'method/other/prompt': TABLE[5:10]}
   safetensors_numpy.save_file(arrays, path)
-  np.testing.assert_array_equal(load(path, (5, 4)), TABLE[:5])
-  other = load(path, (5, 4), name='method/other/prompt')
-  np.testing.assert_array_equal(other, TABLE[5:10])
+  for name, rows in (('method/prompt', 0), ('method/other/prompt', 5)):
+    got = load(path, (5, 4), name=name)
+    np.testing.assert_array_equal(got, TABLE[rows : rows + 5])
+  # Without a name nothing may stand beside the prompt, which might make it.
+  with pytest.raises(ValueError, match=r'more than prompts.*other/prompt'):
+    load(path, (5, 4))
   with pytest.raises(ValueError, match=r"no array 'prompt'; .*method/prompt"):
     load(path, (5, 4), name='prompt')
   with pytest.raises(ValueError, match=r'shape \(5, 4\), expected \(6, 4\)'):
-    load(path, (6, 4))
+    load(path, (6, 4), name='method/prompt')
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r'No prompt file .*nowhere'):
+  with pytest.raises(checkpoints.CheckpointError, match=r'No file .*nowhere'):
     load(tmp_path / 'nowhere.npy', (5, 4))
   good = tmp_path / 'good.npy'
   np.save(good, TABLE[:5])
@@ -221,3 +231,29 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f'{name}: not a numpy array file'):
       load(tmp_path / name, (5, 4))
+  np.save(good, np.stack([TABLE[:5], TABLE[5:10]]))
+  with pytest.raises(ValueError, match='holds the prompts of 2 tasks'):
+    load(good, (5, 4))
+
+
+@pytest.mark.parametrize(
+  'name', ['soft_prompt', 'p_tuning', 'p_tuning_mlp', 'mpt', 'ipt_tune']
+)
+def test_an_export_starts_a_soft_prompt(name, tmp_path):
+  """Whatever made the prompt: `prompt-jax export`'s file, or its directory."""
+  s = contract.setup(name)
+  ids = s.model.soft_ids - s.model.config.vocab_size
+  laid = jax.device_get(export.deployed(s.model, s.frozen, s.moved))
+  arrays, header = exported.pack(laid, ids)
+  path = tmp_path / exported.FILE
+  own = {'method': arrays, 'network': {}}
+  checkpoints.save_trainable(path, own, {'exported': header})
+  method = SoftPrompt(3, prompt_init=initializers.FromFile(str(path)))
+  of = dataclasses.replace(s.model, method=method)
+  made = partitioning.unbox(of.init_method(key(0), s.network))
+  np.testing.assert_array_equal(load(tmp_path, (3, 16)), made['prompt'])
+  frozen = {k: v for k, v in s.frozen.items() if k != 'constants'}
+  got = of.method_deltas(frozen, helpers.prompted(made['prompt']), s.batches[0])
+  want = s.model.method_deltas(s.frozen, s.moved, s.batches[0])
+  [(_, got), (_, want)] = (*got.items(), *want.items())
+  np.testing.assert_allclose(got.table, want.table, rtol=1e-6, atol=1e-6)

@@ -13,7 +13,10 @@ from prompt_jax import deltas
 from prompt_jax import models
 from prompt_jax import partitioning
 from prompt_jax import train_state
+from prompt_jax.methods import base
 from prompt_jax.methods import lora
+from prompt_jax.methods.ia3 import IA3
+from prompt_jax.methods.intrinsic import IntrinsicModel
 from prompt_jax.methods.lora import LoRA
 
 CONFIG = helpers.SMALL
@@ -327,3 +330,46 @@ def test_one_pattern_or_several_and_each_site_once():
   one = paths(targets='.*/(query|value)')
   several = paths(targets=['.*/query', '.*/value', 'encoder/.*/query'])
   assert one == several == paths()
+
+
+# ---- in a chain --------------------------------------------------------------
+
+
+def chained(**methods):
+  chain = base.Chain(methods)
+  context = BARE.context(frozen())
+  made = chain.init(jax.random.PRNGKey(0), context)
+  return chain.apply(made, context)
+
+
+@pytest.mark.parametrize('first', [False, True])
+@pytest.mark.parametrize(
+  ('other', 'kind'),
+  [
+    (LoRA(rank=2, targets='.*/query'), 'low_rank'),
+    (LoRA(rank=3, targets='.*/query', dora=True), 'low_rank'),
+    (IntrinsicModel(dimension=30, targets='encoder/.*'), 'kernel'),
+    # The lengths are DoRA's, wherever in the chains it stands.
+    (base.Chain({'a': IA3(('.*/query',)), 'b': LoRA(rank=2)}), 'low_rank'),
+  ],
+)
+def test_lengths_of_a_kernel_that_another_changes_too(other, kind, first):
+  methods = {'dora': LoRA(rank=2, dora=True), 'other': other}
+  if first:
+    methods = dict(reversed(methods.items()))
+  message = rf'^\w+/layers/\w+/\w+: .*DoRA.*the same kernel \({kind}\)'
+  with pytest.raises(ValueError, match=message):
+    chained(**methods)
+
+
+def test_dora_stands_beside_what_changes_no_kernel_of_its_own():
+  dora = LoRA(rank=2, targets='.*/query', dora=True)
+  values = LoRA(rank=2, targets='.*/value')
+  laid = chained(a=dora, b=IA3(('.*/query',)), c=values)
+  alone = chained(a=dora)
+  path = 'encoder/layers/attention/query/scale'
+  np.testing.assert_allclose(laid[path].table, alone[path].table, rtol=1e-6)
+  assert 'encoder/layers/attention/value/low_rank' in laid
+  # Of two scales at one place the lengths still are what they were made for.
+  with pytest.raises(ValueError, match='the same kernel'):
+    chained(a=base.Chain({'a': dora, 'b': IA3(('.*/query',))}), c=LoRA(rank=2))

@@ -1,5 +1,6 @@
 """Recycling: maps that are known are found, and files go in and come out."""
 
+import inspect
 import json
 
 import helpers
@@ -40,6 +41,16 @@ def test_only_the_words_count(method):
     fn(SOURCE, wrong, PROMPT, WORDS), PROMPT @ MATRIX, rtol=1e-4, atol=1e-4
   )
   assert np.abs(fn(SOURCE, wrong, PROMPT) - PROMPT @ MATRIX).max() > 0.1
+
+
+def test_the_network_is_the_papers():
+  """Inner width 4 D_t, batches of 50 words, 25 epochs, Adam at 3e-4."""
+  known = inspect.signature(recycling.v2v_nn).parameters.values()
+  got = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY}
+  want = {'hidden_scale': 4, 'batch_size': 50, 'epochs': 25}
+  assert got == {**want, 'learning_rate': 3e-4, 'seed': 0}
+  words = inspect.signature(recycling.latin_words).parameters
+  assert (words['num_words'].default, words['offset'].default) == (4000, 1000)
 
 
 def test_v2v_lin_is_least_squares():

@@ -1,9 +1,14 @@
 """Prompts in files: which files hold some, and which may stand together."""
 
+import json
+
+import commands
 import numpy as np
 import pytest
+import runs
 
 from prompt_jax import checkpoints
+from prompt_jax import cli
 from prompt_jax.methods import initializers
 from prompt_jax.methods import saved_prompts
 
@@ -81,3 +86,32 @@ def test_prompts_that_stand_together_are_alike(tmp_path):
     saved_prompts.check_alike([first, file('words', vocabulary='w')])
   with pytest.raises(ValueError, match=r'shape \(2, 4\), but in .* \(3, 4\)'):
     saved_prompts.check_alike([plain, file('short', PROMPTS[:, :2])])
+
+
+@pytest.mark.slow
+def test_an_export_goes_on_by_the_command_line(tmp_path, monkeypatch, capsys):
+  """P-tuning, exported, starts prompt tuning; on another base it is refused."""
+  monkeypatch.setattr(cli, '_set_up', lambda debug: None)
+  runs.write_data(tmp_path, train=16, dev=4)
+  macros = {'TRAIN_STEPS': 2, 'EVAL_PERIOD': 2, 'PROMPT_LENGTH': P}
+  train = commands.train(tmp_path, model_dir=tmp_path / 'run', **macros)
+  train = [a.replace('soft_prompt', 'p_tuning') for a in train]
+  assert commands.here(*train) == 0
+  export = f'--output={tmp_path / "prompt"}'
+  assert commands.here('export', f'--model_dir={tmp_path / "run"}', export) == 0
+  plain = commands.train(tmp_path, PROMPT_LENGTH=P)
+  start = [
+    *commands.without_training(plain, 'eval'),
+    '--gin.PROMPT_INIT=@initializers.FromFile()',
+    f'--gin.initializers.FromFile.path={tmp_path / "prompt"}',
+  ]
+  found = []
+  for args in (['eval', f'--model_dir={tmp_path / "run"}'], start):
+    assert commands.here(*args, f'--output={tmp_path / "eval.json"}') == 0
+    metrics = json.loads((tmp_path / 'eval.json').read_text())
+    found.append(metrics['user_data']['loss_per_token'])
+  assert found[0] == pytest.approx(found[1], rel=1e-5)
+  capsys.readouterr()
+  assert commands.here(*start, '--gin.SEED=1') == 1  # another random base
+  said = capsys.readouterr().err
+  assert 'which METHOD reads, was made on another frozen base' in said

@@ -92,7 +92,7 @@ def test_questions_have_t5s_form_and_spaces():
          'answers': {'text': ['Ann.', 'A-n']}}  # fmt: skip
   # Appendix D of the paper, and the spaces of T5's code.
   expected = (
-    "question: Who ' s it ?  context: It is ( now ) Ann . ", 'Ann . '
+    "question: Who ' s it ? context: It is ( now ) Ann . ", 'Ann . '
   )  # fmt: skip
   assert texts('squad', row) == texts('taskless_squad', row) == [expected]
   row['answers'] = ['Ann.', 'A-n']

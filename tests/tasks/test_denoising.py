@@ -111,10 +111,7 @@ def test_sentinels_by_hand():
 
 def made(objective, texts, lengths, seed=0, vocabulary=VOCABULARY, epochs=1):
   """Examples of a task over documents."""
-  data = sources.DataSet(
-    None, {'text': str}, [sources.mapped(language_modelling._documents)],
-    splits=('train',), tokens=[language_modelling.OBJECTIVES[objective]],
-  )  # fmt: skip
+  data = language_modelling._data_set(objective, tfds=None, splits=('train',))
   sources.add('made_text', data, vocabulary)
   rows = [{'text': text} for text in texts]
   task = sources.use_rows('made_text', {'train': rows})
@@ -204,11 +201,11 @@ def test_prefixes_of_all_lengths_are_equally_likely():
   assert (abs(counts[1:4] - 300) < 57).all()
 
 
-def test_full_lm_joins_documents_with_eos():
-  found = made('lm', ['abc', 'de', 'fgh'], {'inputs': 4, 'targets': 7})
+def test_full_lm_has_eos_at_the_end_of_documents_alone():
+  found = made('lm', ['abc', 'de', 'fgh'], {'inputs': 4, 'targets': 6})
   a = VOCABULARY.encode('a')[0]
   tokens = [a, a + 1, a + 2, 1, a + 3, a + 4, 1, a + 5, a + 6, a + 7, 1]
-  assert found == [([1], [*tokens[:6], 1]), ([1], [*tokens[6:], 1])]
+  assert found == [([1], tokens[:6]), ([1], tokens[6:])]
 
 
 @pytest.mark.slow
@@ -218,7 +215,7 @@ def test_a_long_document_gives_one_chunk(monkeypatch):
   chunks = set()
   for seed in range(12):
     found = made('lm', [text], {'inputs': 4, 'targets': 32}, seed=seed)
-    chunks.add(VOCABULARY.decode(found[0][1][:-2]))
+    chunks.add(VOCABULARY.decode(found[0][1][:-1]))
   assert chunks == {'abcdefgh', 'ijklmnop', 'qrst'}
 
 

@@ -75,6 +75,24 @@ def test_a_mixture_reads_the_rows_of_its_tasks(tmp_path):
   assert tasks.LABELS['taskless_glue_qqp_from_mrpc'][1] == 'equivalent'
 
 
+def test_both_ends_of_mnli_are_in_its_folder(tmp_path):
+  pair = {'premise': 'p', 'hypothesis': 'h', 'label': 0}
+  for name in ('train', 'validation_matched', 'validation_mismatched'):
+    write(tmp_path / f'glue_mnli/{name}.jsonl', {**pair, 'premise': name})
+  tasks.use_rows_dir('glue_mnli_and_dev', tmp_path)
+  mixture = seqio.MixtureRegistry.get('glue_mnli_and_dev')
+  assert {t.name: list(t.splits) for t in mixture.tasks} == {
+    'glue_mnli': ['train', 'validation_matched', 'validation_mismatched'],
+    'glue_mnli_matched': ['validation'],
+    'glue_mnli_mismatched': ['validation'],
+  }
+  [(text, _)] = read('glue_mnli_mismatched', 'validation')
+  assert text == 'mnli hypothesis: h premise: validation_mismatched'
+  # A folder of their own goes first.
+  write(tmp_path / 'glue_mnli_matched/validation.jsonl', pair)
+  tasks.use_rows_dir('taskless_glue_mnli_matched', tmp_path)
+
+
 def test_csv_and_other_folders(tmp_path):
   folder = tmp_path / 'superglue_copa'
   folder.mkdir()
@@ -108,7 +126,7 @@ def test_missing_folders_and_files(tmp_path):
   folder = tmp_path / 'glue_sst2'
   folder.mkdir()
   (folder / 'README.md').write_text('')
-  with pytest.raises(Error, match='has no files of .*train.jsonl'):
+  with pytest.raises(sources.NoLocalRows, match='no files of .*train.jsonl'):
     tasks.use_rows_dir('glue_sst2', tmp_path)
   write(folder / 'validaton.jsonl', {})
   with pytest.raises(
@@ -184,3 +202,20 @@ def test_grouped_rows_of_local_files(shared):
   assert first['entities'] == sorted(set(first['entities']))
   assert 'Islamabad' in first['entities']
   assert first['idx'] == {'passage': 12705, 'query': 19617}
+
+
+def test_what_tfds_cannot_give_is_told(monkeypatch):
+  def fail(*args, **kwargs):
+    raise ConnectionError('no such host\n' + 'x' * 300)
+
+  monkeypatch.setattr(seqio.LazyTfdsLoader, 'load', fail)
+  monkeypatch.setattr(seqio.LazyTfdsLoader, 'size', fail)
+  task = seqio.TaskRegistry.get('glue_sst2')
+  match = (
+    r'TFDS cannot give glue/sst2:2.0.0: ConnectionError: no such host x{100}.*'
+    r'\.\.\. --rows_dir=DIR reads DIR/glue_sst2/train.jsonl, .*in its place'
+  )
+  with pytest.raises(Error, match=match):
+    task.get_dataset(LENGTHS, split='train', shuffle=False)
+  with pytest.raises(Error, match=match):
+    task.num_input_examples('train')
