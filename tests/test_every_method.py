@@ -11,7 +11,15 @@ import runs
 # Most of a minute each.
 pytestmark = pytest.mark.slow
 
-SIZES = {**contract.SMALLER, 'SUBSPACE_DIM': 2, 'DISCRETE_PROMPT': (70, 71)}
+SIZES = {
+  **contract.SMALLER,
+  'SUBSPACE_DIM': 2,
+  'DISCRETE_PROMPT': (70, 71),
+  # Of a width of 4.
+  'REDUCTION_FACTOR': 2,
+  'INTRINSIC_DIM': 8,
+  'PHM_DIM': 2,
+}
 RUN = {'TRAIN_STEPS': 2, 'EVAL_PERIOD': 2, 'CHECKPOINT_PERIOD': 2}
 FILES = ('models/tiny.gin', 'runs/train.gin')
 
