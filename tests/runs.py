@@ -138,6 +138,10 @@ _compiled: dict[Any, Any] = {}
 def _compile_once(run: run_lib.Run, abstract: Any, step_fn: Any) -> Any:
   """`train._compile` that gives equal runs of this process one program."""
   key = (run.partitioner.mesh, _parts(step_fn))
+  try:
+    hash(key)
+  except TypeError:  # a Chain has a dict of its methods
+    return _compile(run, abstract, step_fn)
   if key not in _compiled:
     _compiled[key] = _compile(run, abstract, step_fn)
   return _compiled[key]
