@@ -313,7 +313,6 @@ def test_a_cache_is_checked_before_it_is_read(rows, tmp_path):
 # ---- the command -------------------------------------------------------------
 
 
-@pytest.mark.slow
 def trained(rows, model_dir, method='soft_prompt', **changes):
   """Two steps on a mixture; the tasks that were evaluated."""
   args = commands.train(
